@@ -1,0 +1,34 @@
+# One object library for each ISA, all from the same sources.
+
+function(fastconv_add_isa target flags)
+  add_library(fastconv_cpu_${target} OBJECT ${FASTCONV_CPU_SOURCES})
+  target_include_directories(fastconv_cpu_${target} PRIVATE csrc)
+  target_compile_definitions(fastconv_cpu_${target} PRIVATE FASTCONV_TARGET=${target})
+  target_compile_features(fastconv_cpu_${target} PRIVATE cxx_std_20)
+  # No -ffast-math: it links crtfastmath.o, which turns on flush-to-zero in the user's whole process. These are the safe parts of it.
+  target_compile_options(
+    fastconv_cpu_${target}
+    PRIVATE -O3
+            -Wall
+            -Wextra
+            -fno-exceptions
+            -fno-rtti
+            -fno-math-errno
+            -fno-trapping-math
+            -ffp-contract=fast
+            -fno-threadsafe-statics
+            ${flags})
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+    # GCC 12's avx512fintrin.h warns about its own _mm512_undefined_ps.
+    target_compile_options(fastconv_cpu_${target} PRIVATE -Wno-uninitialized -Wno-maybe-uninitialized)
+  endif()
+  target_sources(fastconv_kernels PRIVATE $<TARGET_OBJECTS:fastconv_cpu_${target}>)
+endfunction()
+
+fastconv_add_isa(scalar "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(FASTCONV_X86 ON)
+  fastconv_add_isa(avx2 "-march=x86-64-v3")
+  # GCC and clang prefer 256-bit vectors by default because early Skylake lowered its clock for 512-bit ones.
+  fastconv_add_isa(avx512 "-march=x86-64-v4;-mprefer-vector-width=512")
+endif()

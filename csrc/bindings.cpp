@@ -1,0 +1,226 @@
+// The module fastconv._C. The only file that knows Python; no algorithm in it. Tensors arrive as addresses: allocation, dtype and
+// device checks are Python's business (plan.py), so that no torch header is needed to build this.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "core/machine_info.h"
+#include "core/parallel.h"
+#include "core/peak.h"
+#include "core/select.h"
+
+namespace py = pybind11;
+
+namespace fastconv {
+namespace {
+
+using Pair = std::array<int64_t, 2>;
+using Quad = std::array<int64_t, 4>;
+using Quint = std::array<int64_t, 5>;
+
+Dtype parse_dtype(const std::string& name) {
+  if (name == "f32") return Dtype::f32;
+  if (name == "f64") return Dtype::f64;
+  throw std::invalid_argument("dtype: got '" + name + "', expected f32 or f64");
+}
+
+Activation parse_activation(const std::string& name) {
+  constexpr const char* kNames[] = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"};
+  for (int i = 0; i < int(std::size(kNames)); ++i) {
+    if (name == kNames[i]) return Activation(i);
+  }
+  throw std::invalid_argument("activation: got '" + name + "', expected none, relu, relu6, silu, hardswish, gelu or sigmoid");
+}
+
+Stride4 stride4(const Quad& s) { return {s[0], s[1], s[2], s[3]}; }
+
+template <class T>
+T* address(uintptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+// One plan for either kind of problem, so that Python holds a single class.
+class AnyPlan {
+ public:
+  explicit AnyPlan(Plan<Conv2dProblem> plan) : plan_(std::move(plan)) {}
+  explicit AnyPlan(Plan<Pool2dProblem> plan) : plan_(std::move(plan)) {}
+
+  const std::string& kernel() const {
+    return std::visit([](const auto& plan) -> const std::string& { return plan.row->name; }, plan_);
+  }
+  int64_t workspace() const {
+    return std::visit([](const auto& plan) { return plan.workspace; }, plan_);
+  }
+  int threads() const {
+    return std::visit([](const auto& plan) { return plan.machine.threads; }, plan_);
+  }
+
+  void run_conv2d(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t residual, uintptr_t y, uintptr_t workspace) const {
+    run(std::get<Plan<Conv2dProblem>>(plan_),
+        {address<void>(x), address<void>(w), address<void>(bias), address<void>(residual), address<void>(y)}, workspace);
+  }
+  void run_pool2d(uintptr_t x, uintptr_t y, uintptr_t indices, uintptr_t workspace) const {
+    run(std::get<Plan<Pool2dProblem>>(plan_), {address<void>(x), address<void>(y), address<int64_t>(indices)}, workspace);
+  }
+
+ private:
+  template <class Problem>
+  static void run(const Plan<Problem>& plan, const typename Problem::Args& args, uintptr_t workspace) {
+    const Context context{&plan.machine, address<void>(workspace)};
+    py::gil_scoped_release release;
+    plan.kernel->run(plan.problem, args, context);
+  }
+
+  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>> plan_;
+};
+
+template <class Problem>
+py::list explain(const std::string& op, const Problem& problem, int threads, const std::string& force, bool strict) {
+  py::list table;
+  for (const Candidate& candidate : candidates(op, problem, threads, {force, strict})) {
+    table.append(py::make_tuple(candidate.row->name, candidate.verdict, candidate.cost));
+  }
+  return table;
+}
+
+py::list kernels() {
+  py::object info = py::module_::import("types").attr("SimpleNamespace");
+  py::list list;
+  for (const Row& row : rows()) {
+    const std::string why_not = why_not_runnable(row);
+    const float error_growth = std::visit([](const auto* kernel) { return kernel->error_growth; }, row.kernel);
+    using namespace py::literals;
+    list.append(info("name"_a = row.name, "op"_a = row.op, "algorithm"_a = row.algorithm, "dtype"_a = row.dtype,
+                     "target"_a = row.target, "runnable"_a = why_not.empty(), "why_not"_a = why_not,
+                     "error_growth"_a = error_growth));
+  }
+  return list;
+}
+
+py::dict machine() {
+  const MachineInfo& info = machine_info();
+  using namespace py::literals;
+  return py::dict("cpu"_a = info.cpu, "isa"_a = isa_names(info.machine.isa), "isa_found"_a = isa_names(info.isa_found),
+                  "l1_bytes"_a = info.machine.l1_bytes, "l2_bytes"_a = info.machine.l2_bytes,
+                  "l3_bytes"_a = info.machine.l3_bytes, "cores"_a = info.cores);
+}
+
+py::dict build() {
+  using namespace py::literals;
+#ifdef FASTCONV_X86
+  const auto targets = isa_names(kIsaScalar | kIsaAvx2 | kIsaAvx512);
+#else
+  const auto targets = isa_names(kIsaScalar);
+#endif
+#ifdef _OPENMP
+  const std::string openmp = std::to_string(_OPENMP);
+#else
+  const std::string openmp;
+#endif
+  return py::dict("version"_a = FASTCONV_VERSION, "compiler"_a = FASTCONV_COMPILER, "flags"_a = FASTCONV_FLAGS,
+                  "targets"_a = targets, "cuda"_a = FASTCONV_CUDA_VERSION, "cuda_reason"_a = FASTCONV_CUDA_REASON,
+                  "openmp"_a = openmp);
+}
+
+void bind_problems(py::module_& m) {
+  using namespace py::literals;
+  py::class_<Conv2dProblem>(m, "Conv2dProblem")
+      .def(py::init([](const std::string& dtype, int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t R, int64_t S,
+                       int64_t P, int64_t Q, int64_t groups, Pair stride, Pair pad, Pair dilation, Quad x, Quint w, Quad y,
+                       bool bias, bool residual, const std::string& activation) {
+             return Conv2dProblem{.dtype = parse_dtype(dtype),
+                                  .N = N,
+                                  .C = C,
+                                  .H = H,
+                                  .W = W,
+                                  .K = K,
+                                  .R = R,
+                                  .S = S,
+                                  .P = P,
+                                  .Q = Q,
+                                  .groups = groups,
+                                  .stride_h = stride[0],
+                                  .stride_w = stride[1],
+                                  .pad_top = pad[0],
+                                  .pad_left = pad[1],
+                                  .dilation_h = dilation[0],
+                                  .dilation_w = dilation[1],
+                                  .x = stride4(x),
+                                  .w = {w[0], w[1], w[2], w[3], w[4]},
+                                  .y = stride4(y),
+                                  .epilogue = {bias, residual, parse_activation(activation)}};
+           }),
+           py::kw_only(), "dtype"_a, "N"_a, "C"_a, "H"_a, "W"_a, "K"_a, "R"_a, "S"_a, "P"_a, "Q"_a, "groups"_a, "stride"_a,
+           "pad"_a, "dilation"_a, "x"_a, "w"_a, "y"_a, "bias"_a = false, "residual"_a = false, "activation"_a = "none");
+  py::class_<Pool2dProblem>(m, "Pool2dProblem")
+      .def(py::init([](const std::string& dtype, int64_t N, int64_t C, int64_t H, int64_t W, int64_t P, int64_t Q, int64_t R,
+                       int64_t S, Pair stride, Quad pad, Pair dilation, Quad x, Quad y, int64_t divisor_override,
+                       bool count_include_pad, bool adaptive) {
+             return Pool2dProblem{.dtype = parse_dtype(dtype),
+                                  .N = N,
+                                  .C = C,
+                                  .H = H,
+                                  .W = W,
+                                  .P = P,
+                                  .Q = Q,
+                                  .R = R,
+                                  .S = S,
+                                  .stride_h = stride[0],
+                                  .stride_w = stride[1],
+                                  .pad_top = pad[0],
+                                  .pad_bottom = pad[1],
+                                  .pad_left = pad[2],
+                                  .pad_right = pad[3],
+                                  .dilation_h = dilation[0],
+                                  .dilation_w = dilation[1],
+                                  .divisor_override = divisor_override,
+                                  .count_include_pad = count_include_pad,
+                                  .adaptive = adaptive,
+                                  .x = stride4(x),
+                                  .y = stride4(y)};
+           }),
+           py::kw_only(), "dtype"_a, "N"_a, "C"_a, "H"_a, "W"_a, "P"_a, "Q"_a, "R"_a, "S"_a, "stride"_a, "pad"_a, "dilation"_a,
+           "x"_a, "y"_a, "divisor_override"_a = 0, "count_include_pad"_a = true, "adaptive"_a = false);
+}
+
+template <class Problem>
+void bind_selection(py::module_& m) {
+  using namespace py::literals;
+  m.def(
+      "plan",
+      [](const std::string& op, const Problem& problem, int threads, const std::string& force, bool strict) {
+        return AnyPlan(choose(op, problem, threads, {force, strict}));
+      },
+      "op"_a, "problem"_a, "threads"_a, "force"_a = "", "strict"_a = false);
+  m.def("explain", &explain<Problem>, "op"_a, "problem"_a, "threads"_a, "force"_a = "", "strict"_a = false);
+}
+
+PYBIND11_MODULE(_C, m) {
+  using namespace py::literals;
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const NoKernel& e) {
+      PyErr_SetString(PyExc_NotImplementedError, e.what());
+    }
+  });
+  watch_forks();
+  bind_problems(m);
+  bind_selection<Conv2dProblem>(m);
+  bind_selection<Pool2dProblem>(m);
+  py::class_<AnyPlan>(m, "Plan")
+      .def_property_readonly("kernel", &AnyPlan::kernel)
+      .def_property_readonly("workspace", &AnyPlan::workspace)
+      .def_property_readonly("threads", &AnyPlan::threads)
+      .def("run_conv2d", &AnyPlan::run_conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "y"_a, "workspace"_a)
+      .def("run_pool2d", &AnyPlan::run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a);
+  m.def("kernels", &kernels);
+  m.def("machine", &machine);
+  m.def("build", &build);
+  m.def("set_isa_limit", &set_isa_limit, "name"_a);
+  m.def("fma_peak", &fma_peak, "target"_a, "dtype"_a, "threads"_a, "seconds"_a, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+}  // namespace fastconv

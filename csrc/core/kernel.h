@@ -1,0 +1,28 @@
+// What an answer looks like. A kernel is plain constant data: no virtuals, no registration object, nothing that runs at load.
+#pragma once
+
+#include "core/machine.h"
+#include "core/problem.h"
+
+namespace fastconv {
+
+// What a running kernel gets besides its operands.
+struct Context {
+  const Machine* machine;
+  void* workspace;  // Kernel::workspace bytes, 64-byte aligned, not initialised
+};
+
+template <class Problem>
+struct Kernel {
+  // Worst error against float64, in units of what a plain sum in the same precision makes. 1 for everything but Winograd.
+  float error_growth;
+  // nullptr: this problem is accepted. Otherwise one sentence, without a full stop, that says why not.
+  const char* (*reject)(const Problem&);
+  // Predicted seconds on this machine. Only ever compared, so what matters is the order.
+  double (*cost)(const Problem&, const Machine&);
+  // Bytes of scratch that run() needs, for machine.threads threads.
+  int64_t (*workspace)(const Problem&, const Machine&);
+  void (*run)(const Problem&, const typename Problem::Args&, const Context&);
+};
+
+}  // namespace fastconv

@@ -1,0 +1,19 @@
+// The machine as data: what selection and blocking are allowed to know about it.
+#pragma once
+
+#include <cstdint>
+
+namespace fastconv {
+
+// Where a kernel may run: one bit for each instruction set this project compiles for. `scalar` is the baseline.
+enum Isa : uint32_t { kIsaScalar = 1, kIsaAvx2 = 2, kIsaAvx512 = 4 };
+
+struct Machine {
+  uint32_t isa;      // Isa bits that this CPU has and FASTCONV_ISA allows
+  int32_t threads;   // threads of this call
+  int64_t l1_bytes;  // data cache of one core
+  int64_t l2_bytes;  // of one core
+  int64_t l3_bytes;  // shared; 0 when unknown
+};
+
+}  // namespace fastconv

@@ -1,0 +1,91 @@
+// What is asked of a kernel: plain data, the same for every backend.
+//
+// Sizes are capitals (N C H W: input, K R S: filters, P Q: output), strides are in elements, and a memory format is nothing but a
+// stride pattern. This header is included by objects compiled for one ISA only, so it holds data and no function.
+#pragma once
+
+#include <cstdint>
+
+namespace fastconv {
+
+enum class Dtype : int32_t { f32, f64 };
+
+enum class Activation : int32_t { none, relu, relu6, silu, hardswish, gelu, sigmoid };
+
+struct Stride4 {
+  int64_t n, c, h, w;
+};
+
+// Filters are w[g][k][c][r][s] with k < K/groups and c < C/groups. The group has a stride of its own so that the input gradient
+// can read the same memory with k and c swapped.
+struct WeightStride {
+  int64_t g, k, c, r, s;
+};
+
+// Applied to the accumulators before they are stored: y = activation(sum + bias[k] + residual). The residual has y's strides.
+struct Epilogue {
+  bool bias, residual;
+  Activation activation;
+};
+
+// The memory of one call. Which tensors are read and which is written depends on the op, see Conv2dProblem.
+struct Conv2dArgs {
+  void *x, *w, *bias, *residual, *y;
+};
+
+// One convolution, and its two gradients: the same numbers describe all three.
+//
+//   fwd    y[n,k,p,q]  = epilogue( sum_{c,r,s} x[n, c, p*stride_h + r*dilation_h - pad_top, ...] * w[k,c,r,s] )
+//   dgrad  x[n,c,h,w]  = sum_{k,p,q,r,s} y[n,k,p,q] * w[k,c,r,s]      where (p,r) meets h and (q,s) meets w
+//   wgrad  w[k,c,r,s]  = sum_{n,p,q} x[...] * y[n,k,p,q],   and bias[k] = sum_{n,p,q} y[n,k,p,q] when epilogue.bias
+//
+// In dgrad and wgrad, x, w and y point at the gradient (or the tensor) of that shape. P and Q are given, so the bottom and right
+// padding are whatever makes them so: four-sided padding costs no field. Negative padding crops.
+struct Conv2dProblem {
+  using Args = Conv2dArgs;
+  Dtype dtype;
+  int64_t N, C, H, W;
+  int64_t K, R, S;
+  int64_t P, Q;
+  int64_t groups;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_left;
+  int64_t dilation_h, dilation_w;
+  Stride4 x;
+  WeightStride w;
+  Stride4 y;
+  Epilogue epilogue;
+};
+
+struct Pool2dArgs {
+  void *x, *y;
+  int64_t* indices;
+};
+
+// One pooling, forward or backward. The window of output row p is
+//   adaptive:   floor(p*H/P) .. ceil((p+1)*H/P)
+//   otherwise:  p*stride_h - pad_top + r*dilation_h  for r < R
+//
+//   max_fwd   y = max over the window, indices[n,c,p,q] = its flat position h*W + w (indices have the strides of y)
+//   max_bwd   x = 0, then x[n,c,indices] += y in the order of p, q
+//   avg_fwd   y = sum / divisor
+//   avg_bwd   x[n,c,h,w] = sum over the windows that cover (h,w) of y / divisor
+//
+// The divisor is divisor_override if that is not 0; else the window clipped to the padded input (count_include_pad) or to the
+// input itself.
+struct Pool2dProblem {
+  using Args = Pool2dArgs;
+  Dtype dtype;
+  int64_t N, C, H, W;
+  int64_t P, Q;
+  int64_t R, S;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_bottom, pad_left, pad_right;
+  int64_t dilation_h, dilation_w;
+  int64_t divisor_override;
+  bool count_include_pad;
+  bool adaptive;
+  Stride4 x, y;
+};
+
+}  // namespace fastconv

@@ -1,0 +1,61 @@
+#include "core/registry.h"
+
+#include "core/machine_info.h"
+
+namespace fastconv {
+
+// Which problem an op asks. A new op is one line here.
+using conv2d_fwd_problem = Conv2dProblem;
+using conv2d_dgrad_problem = Conv2dProblem;
+using conv2d_wgrad_problem = Conv2dProblem;
+using max_pool2d_fwd_problem = Pool2dProblem;
+using max_pool2d_bwd_problem = Pool2dProblem;
+using avg_pool2d_fwd_problem = Pool2dProblem;
+using avg_pool2d_bwd_problem = Pool2dProblem;
+
+// kernels.def is read once for each target that this build has: first to declare the constants, then to list them.
+#define FC_SYMBOL(op, algorithm, dtype) op##_##algorithm##_##dtype
+#define FC_DECLARE(op, algorithm, dtype) extern const Kernel<op##_problem> FC_SYMBOL(op, algorithm, dtype);
+#define FC_LIST(op, algorithm, dtype, target, isa) \
+  Row{#op, #algorithm, #dtype, #target, #op "." #algorithm "." #dtype "." #target, isa, &target::FC_SYMBOL(op, algorithm, dtype)},
+
+#define FC_KERNEL(op, algorithm, dtype, targets) FC_DECLARE(op, algorithm, dtype)
+namespace scalar {
+#include "kernels.def"
+}
+#ifdef FASTCONV_X86
+namespace avx2 {
+#include "kernels.def"
+}
+namespace avx512 {
+#include "kernels.def"
+}
+#endif
+#undef FC_KERNEL
+
+#ifdef FASTCONV_X86
+#define FC_ROWS_CPU(op, algorithm, dtype)                  \
+  FC_LIST(op, algorithm, dtype, avx512, kIsaAvx512) \
+  FC_LIST(op, algorithm, dtype, avx2, kIsaAvx2)     \
+  FC_LIST(op, algorithm, dtype, scalar, kIsaScalar)
+#else
+#define FC_ROWS_CPU(op, algorithm, dtype) FC_LIST(op, algorithm, dtype, scalar, kIsaScalar)
+#endif
+
+const std::vector<Row>& rows() {
+  static const std::vector<Row> table = {
+#define FC_KERNEL(op, algorithm, dtype, targets) FC_ROWS_##targets(op, algorithm, dtype)
+#include "kernels.def"
+#undef FC_KERNEL
+  };
+  return table;
+}
+
+std::string why_not_runnable(const Row& row) {
+  const MachineInfo& info = machine_info();
+  if (!(info.isa_found & row.isa)) return std::string("this CPU has no ") + row.target;
+  if (!(info.machine.isa & row.isa)) return std::string("FASTCONV_ISA forbids ") + row.target;
+  return "";
+}
+
+}  // namespace fastconv

@@ -1,0 +1,25 @@
+// Every kernel of kernels.def as a row of data.
+#pragma once
+
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "core/kernel.h"
+
+namespace fastconv {
+
+struct Row {
+  const char *op, *algorithm, *dtype, *target;
+  std::string name;  // op.algorithm.dtype.target
+  Isa isa;
+  std::variant<const Kernel<Conv2dProblem>*, const Kernel<Pool2dProblem>*> kernel;
+};
+
+// In the order of kernels.def, which is also the order of preference between equal costs.
+const std::vector<Row>& rows();
+
+// "" when the row may run on this machine, otherwise why not.
+std::string why_not_runnable(const Row& row);
+
+}  // namespace fastconv

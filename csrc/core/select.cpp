@@ -1,0 +1,80 @@
+#include "core/select.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+#include "core/machine_info.h"
+
+namespace fastconv {
+namespace {
+
+constexpr double kNever = std::numeric_limits<double>::infinity();
+
+const char* dtype_name(Dtype dtype) { return dtype == Dtype::f32 ? "f32" : "f64"; }
+
+bool named(const Row& row, const std::string& force) {
+  return force.empty() || force == row.algorithm || force == row.target || force == row.name;
+}
+
+Machine machine_with(int threads) {
+  Machine machine = machine_info().machine;
+  machine.threads = std::max(threads, 1);
+  return machine;
+}
+
+}  // namespace
+
+template <class Problem>
+std::vector<Candidate> candidates(const std::string& op, const Problem& problem, int threads, const Wish& wish) {
+  const Machine machine = machine_with(threads);
+  std::vector<Candidate> found;
+  bool op_exists = false, name_exists = false;
+  for (const Row& row : rows()) {
+    const auto* kernel = std::get_if<const Kernel<Problem>*>(&row.kernel);
+    if (op != row.op || !kernel) continue;
+    op_exists = true;
+    name_exists |= named(row, wish.force);
+    if (std::string(row.dtype) != dtype_name(problem.dtype)) continue;
+    Candidate candidate{&row, why_not_runnable(row), kNever};
+    if (candidate.verdict.empty() && !named(row, wish.force)) candidate.verdict = "not the forced '" + wish.force + "'";
+    if (candidate.verdict.empty() && wish.strict && (*kernel)->error_growth > 1) candidate.verdict = "set_accuracy(\"strict\") rules it out";
+    if (candidate.verdict.empty()) {
+      const char* reason = (*kernel)->reject(problem);
+      if (reason) {
+        candidate.verdict = reason;
+      } else {
+        candidate.cost = (*kernel)->cost(problem, machine);
+      }
+    }
+    found.push_back(std::move(candidate));
+  }
+  if (!op_exists) throw std::invalid_argument("no op is called '" + op + "' for this kind of problem");
+  if (!name_exists) throw std::invalid_argument(op + ": no kernel, algorithm or target is called '" + wish.force + "'");
+  return found;
+}
+
+template <class Problem>
+Plan<Problem> choose(const std::string& op, const Problem& problem, int threads, const Wish& wish) {
+  const std::vector<Candidate> all = candidates(op, problem, threads, wish);
+  const Candidate* best = nullptr;
+  for (const Candidate& candidate : all) {
+    if (candidate.verdict.empty() && (!best || candidate.cost < best->cost)) best = &candidate;
+  }
+  if (!best) {
+    std::string message = op + ": no kernel takes this problem";
+    if (!wish.force.empty()) message += " with '" + wish.force + "' forced";
+    for (const Candidate& candidate : all) message += "\n  " + candidate.row->name + ": " + candidate.verdict;
+    throw NoKernel(message);
+  }
+  const Machine machine = machine_with(threads);
+  const auto* kernel = std::get<const Kernel<Problem>*>(best->row->kernel);
+  return {best->row, kernel, problem, machine, kernel->workspace(problem, machine)};
+}
+
+template std::vector<Candidate> candidates(const std::string&, const Conv2dProblem&, int, const Wish&);
+template std::vector<Candidate> candidates(const std::string&, const Pool2dProblem&, int, const Wish&);
+template Plan<Conv2dProblem> choose(const std::string&, const Conv2dProblem&, int, const Wish&);
+template Plan<Pool2dProblem> choose(const std::string&, const Pool2dProblem&, int, const Wish&);
+
+}  // namespace fastconv

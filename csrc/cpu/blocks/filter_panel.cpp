@@ -1,0 +1,107 @@
+#include "cpu/blocks/filter_panel.h"
+
+namespace fastconv::FASTCONV_TARGET {
+namespace {
+
+// Positions of one filter plane that a lookup table covers: 11x11 fits. Larger filters are gathered.
+constexpr int64_t kMaxPlane = 128;
+
+// Reads `count` consecutive elements of kLanes rows that are `step` apart (rows from `lanes` on count as zero) and hands them over
+// as columns: emit(i, vector of element i of all rows).
+template <class T, class Emit>
+FC_INLINE void for_each_column(const T* rows, int64_t step, int lanes, int64_t count, const Emit& emit) {
+  constexpr int kL = kLanes<T>;
+  for (int64_t i = 0; i < count; i += kL) {
+    const int n = count - i < kL ? int(count - i) : kL;
+    vec<T> block[kL];
+#pragma GCC unroll 16
+    for (int m = 0; m < kL; ++m) {
+      const T* row = rows + m * step + i;
+      block[m] = m >= lanes ? zero<T>() : n == kL ? load(row) : load(row, n);
+    }
+    transpose(block);
+    if (n == kL) {
+#pragma GCC unroll 16
+      for (int m = 0; m < kL; ++m) emit(i + m, block[m]);
+    } else {
+      for (int m = 0; m < n; ++m) emit(i + m, block[m]);
+    }
+  }
+}
+
+// Where the taps lie between their least and their greatest offset: tap_at[offset - least], or -1.
+struct Plane {
+  int64_t least, span;
+  int16_t tap_at[kMaxPlane];
+};
+
+template <class T>
+bool find_plane(const FilterSource<T>& source, Plane& plane) {
+  int64_t least = source.t_offset[0], greatest = least;
+  for (int64_t t = 1; t < source.taps; ++t) {
+    least = source.t_offset[t] < least ? source.t_offset[t] : least;
+    greatest = source.t_offset[t] > greatest ? source.t_offset[t] : greatest;
+  }
+  plane.least = least;
+  plane.span = greatest - least + 1;
+  if (plane.span > kMaxPlane) return false;
+  for (int64_t i = 0; i < plane.span; ++i) plane.tap_at[i] = -1;
+  for (int64_t t = 0; t < source.taps; ++t) plane.tap_at[source.t_offset[t] - least] = int16_t(t);
+  return true;
+}
+
+}  // namespace
+
+template <class T>
+void pack_filters(const FilterSource<T>& source, int64_t filters, int64_t width, T* panel) {
+  constexpr int kL = kLanes<T>;
+  Plane plane;
+  const bool contiguous_filters = source.k_step == 1;
+  const bool contiguous_channels = source.c_step == 1;
+  const bool has_plane = !contiguous_filters && !contiguous_channels && find_plane(source, plane);
+  // All channels and taps of a filter in one run: torch's contiguous weights, forward.
+  const bool one_run = has_plane && plane.span == source.c_step;
+
+  for (int64_t k = 0; k < width; k += kL) {
+    const int lanes = filters - k < 0 ? 0 : filters - k < kL ? int(filters - k) : kL;
+    const T* w = source.w + k * source.k_step;
+    T* out = panel + k;
+    const auto at = [&](int64_t t, int64_t c) { return out + (t * source.channels + c) * width; };
+
+    if (contiguous_filters) {
+      for (int64_t t = 0; t < source.taps; ++t) {
+        for (int64_t c = 0; c < source.channels; ++c) store(at(t, c), load(w + c * source.c_step + source.t_offset[t], lanes));
+      }
+    } else if (contiguous_channels) {
+      for (int64_t t = 0; t < source.taps; ++t) {
+        for_each_column(w + source.t_offset[t], source.k_step, lanes, source.channels,
+                        [&](int64_t c, vec<T> column) { store(at(t, c), column); });
+      }
+    } else if (one_run) {
+      int64_t c = 0, position = 0;
+      for_each_column(w + plane.least, source.k_step, lanes, source.channels * source.c_step, [&](int64_t, vec<T> column) {
+        const int64_t t = plane.tap_at[position];
+        if (t >= 0) store(at(t, c), column);
+        if (++position == plane.span) position = 0, ++c;
+      });
+    } else if (has_plane) {
+      for (int64_t c = 0; c < source.channels; ++c) {
+        for_each_column(w + c * source.c_step + plane.least, source.k_step, lanes, plane.span, [&](int64_t i, vec<T> column) {
+          const int64_t t = plane.tap_at[i];
+          if (t >= 0) store(at(t, c), column);
+        });
+      }
+    } else {
+      for (int64_t t = 0; t < source.taps; ++t) {
+        for (int64_t c = 0; c < source.channels; ++c) {
+          store(at(t, c), load_strided(w + c * source.c_step + source.t_offset[t], source.k_step, lanes));
+        }
+      }
+    }
+  }
+}
+
+template void pack_filters(const FilterSource<float>&, int64_t, int64_t, float*);
+template void pack_filters(const FilterSource<double>&, int64_t, int64_t, double*);
+
+}  // namespace fastconv::FASTCONV_TARGET

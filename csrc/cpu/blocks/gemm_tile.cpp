@@ -1,0 +1,153 @@
+#include "cpu/blocks/gemm_tile.h"
+
+#include "cpu/blocks/activation.h"
+
+namespace fastconv::FASTCONV_TARGET {
+namespace {
+
+// The epilogue of one vector of columns. `offset` is from y[m] to the first of them.
+template <class T>
+FC_INLINE vec<T> finish(const TileOutput<T>& out, int m, vec<T> sum, const T* column_bias, int64_t offset, int64_t step, int n) {
+  if (column_bias) sum = sum + load(column_bias, n);
+  if (out.row_bias) sum = sum + set1(out.row_bias[m]);
+  if (out.residual) {
+    const T* residual = out.residual + (out.y[m] - out.y_base) + offset;
+    sum = sum + (step == 1 ? load(residual, n) : load_strided(residual, step, n));
+  }
+  return activate(out.activation, sum);
+}
+
+// Tiles with an edge: the sums go through memory, and from there piece by piece.
+template <class T>
+__attribute__((noinline)) void store_pieces(const T* sums, int width, int rows, const TileOutput<T>& out) {
+  for (int m = 0; m < rows; ++m) {
+    for (int i = 0; i < out.piece_count; ++i) {
+      const ColumnPiece& piece = out.pieces[i];
+      for (int column = piece.begin; column < piece.end; column += kLanes<T>) {
+        const int n = piece.end - column < kLanes<T> ? piece.end - column : kLanes<T>;
+        const int64_t offset = piece.offset + (column - piece.begin) * piece.step;
+        T* y = out.y[m] + offset;
+        vec<T> sum = load(sums + m * width + column, n);
+        if (out.accumulate) sum = sum + (piece.step == 1 ? load(y, n) : load_strided(y, piece.step, n));
+        if (out.finish) sum = finish(out, m, sum, out.column_bias ? out.column_bias + column : nullptr, offset, piece.step, n);
+        if (piece.step == 1) {
+          store(y, sum, n);
+        } else {
+          store_strided(y, piece.step, sum, n);
+        }
+      }
+    }
+  }
+}
+
+template <class T, int kRows, int kVectors>
+void tile(const TileInput<T>& in, const TileOutput<T>& out) {
+  constexpr int kL = kLanes<T>;
+  vec<T> sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = zero<T>();
+  }
+  const T* b = in.b;
+  const T* const* rows = in.a;
+  const int64_t end = in.depth * in.a_step;
+  for (int64_t t = 0; t < in.taps; ++t, rows += kRows) {
+    const T* a[kRows];
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) a[m] = rows[m];
+    for (int64_t d = 0; d != end; d += in.a_step, b += in.width) {
+      vec<T> panel[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) panel[v] = load(b + v * kL);
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        const vec<T> row = set1(a[m][d]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[m][v] = fma(row, panel[v], sum[m][v]);
+      }
+    }
+  }
+
+  const ColumnPiece& piece = out.pieces[0];
+  if (out.piece_count != 1 || piece.end != kVectors * kL || piece.step != 1) {
+    T edge[kRows * kVectors * kL];
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(edge + (m * kVectors + v) * kL, sum[m][v]);
+    }
+    return store_pieces(edge, kVectors * kL, kRows, out);
+  }
+  if (out.accumulate) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = sum[m][v] + load(out.y[m] + piece.offset + v * kL);
+    }
+  }
+  if (out.finish && (out.column_bias || out.row_bias || out.residual || out.activation != Activation::none)) {
+    // One epilogue body for the whole tile: unrolled, the exp of every vector would be 20 KB of code in each of 40 tiles.
+    T whole[kRows * kVectors * kL];
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(whole + (m * kVectors + v) * kL, sum[m][v]);
+    }
+    for (int m = 0; m < kRows; ++m) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t offset = piece.offset + v * kL;
+        const T* column_bias = out.column_bias ? out.column_bias + v * kL : nullptr;
+        store(out.y[m] + offset, finish(out, m, load(whole + (m * kVectors + v) * kL), column_bias, offset, 1, kL));
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out.y[m] + piece.offset + v * kL, sum[m][v]);
+  }
+}
+
+template <class T>
+using TileFunction = void (*)(const TileInput<T>&, const TileOutput<T>&);
+
+template <class T>
+struct TileTable {
+  TileFunction<T> at[GemmTile::kMaxVectors][GemmTile::kMaxRows] = {};
+};
+
+template <class T, int kVectors, int kRows>
+constexpr void fill(TileTable<T>& table) {
+  if constexpr (kVectors > 0) {
+    if constexpr (kRows > GemmTile::rows(kVectors)) {
+      fill<T, kVectors - 1, 1>(table);
+    } else {
+      table.at[kVectors - 1][kRows - 1] = tile<T, kRows, kVectors>;
+      fill<T, kVectors, kRows + 1>(table);
+    }
+  }
+}
+
+template <class T>
+constexpr TileTable<T> make_table() {
+  TileTable<T> table;
+  fill<T, GemmTile::kMaxVectors, 1>(table);
+  return table;
+}
+
+template <class T>
+constexpr TileTable<T> kTiles = make_table<T>();
+
+}  // namespace
+
+template <class T>
+void gemm_tile(int rows, int vectors, const TileInput<T>& in, const TileOutput<T>& out) {
+  kTiles<T>.at[vectors - 1][rows - 1](in, out);
+}
+
+template void gemm_tile(int, int, const TileInput<float>&, const TileOutput<float>&);
+template void gemm_tile(int, int, const TileInput<double>&, const TileOutput<double>&);
+
+}  // namespace fastconv::FASTCONV_TARGET

@@ -1,0 +1,229 @@
+#include "cpu/blocks/pixel_rows.h"
+
+#include "cpu/blocks/conv2d_geometry.h"
+#include "cpu/blocks/filter_panel.h"
+#include "cpu/blocks/gemm_tile.h"
+#include "cpu/blocks/parallel.h"
+#include "cpu/blocks/split.h"
+
+namespace fastconv::FASTCONV_TARGET {
+namespace {
+
+// Elements of the reduction between two visits to y. A panel of 64 floats x 1536 is 384 KB: within the L2 of 1 MB of every AVX-512
+// server, from which it streams at 21 bytes a cycle, a third of what L2 gives. It is a constant, not the machine's cache size,
+// because it fixes the order of the sum (law 7).
+constexpr int64_t kMaxDepth = 1536;
+
+// The reduction of one group, cut into blocks of taps. A "tap" is one filter row when x has no gaps between columns (S*C elements
+// in one run, so that a stem with three channels has an inner loop of 21, not 3) and one filter position otherwise.
+struct Reduction {
+  bool whole_rows;
+  int64_t tap_count;  // of the whole filter
+  int64_t depth;      // elements of one tap
+  EvenSplit chunks;   // of a tap that is longer than kMaxDepth
+  int64_t taps_per_block;
+  int64_t blocks;
+
+  explicit FC_INLINE Reduction(const Conv2dProblem& a)
+      : whole_rows(a.S > 1 && a.dilation_w == 1 && a.groups == 1 && a.x.w == a.C && a.S * a.C <= kMaxDepth),
+        tap_count(whole_rows ? a.R : a.R * a.S),
+        depth(whole_rows ? a.S * a.C : a.C / a.groups),
+        chunks(depth, kMaxDepth) {
+    const int64_t fit = kMaxDepth / (chunks.largest() ? chunks.largest() : 1);
+    const EvenSplit groups_of_taps(tap_count, chunks.parts > 1 ? 1 : fit);
+    taps_per_block = groups_of_taps.largest();
+    blocks = (tap_count + taps_per_block - 1) / taps_per_block * chunks.parts;
+  }
+};
+
+// Scratch of one thread.
+template <class T>
+struct Scratch {
+  T* panel;             // [taps of a block][depth][width]
+  const T** rows;       // [taps of a block][rows of a tile]
+  T* zeros;             // [depth]: what padding reads
+  T* edges;             // [rows of a tile][taps of a block][depth]: filter rows that stick out to the left or right
+  int64_t* tap_offset;  // [filter positions of a block]
+
+  Scratch(Arena& arena, const Reduction& reduction, const Conv2dProblem& a) {
+    const int64_t depth = reduction.chunks.largest(), taps = reduction.taps_per_block;
+    panel = arena.take<T>(taps * depth * GemmTile::kMaxVectors * kLanes<T>);
+    rows = arena.take<const T*>(taps * GemmTile::kMaxRows);
+    zeros = arena.take<T>(depth);
+    edges = arena.take<T>(reduction.whole_rows ? GemmTile::kMaxRows * taps * depth : 0);
+    tap_offset = arena.take<int64_t>(taps * (reduction.whole_rows ? a.S : 1));
+  }
+};
+
+// One block of the reduction: taps first .. first+taps of the filter, elements begin .. begin+depth of each.
+struct Block {
+  int64_t first, taps, begin, depth;
+};
+
+FC_INLINE Block block_at(const Reduction& reduction, int64_t index) {
+  const int64_t first = index / reduction.chunks.parts * reduction.taps_per_block, chunk = index % reduction.chunks.parts;
+  const int64_t left = reduction.tap_count - first;
+  return {first, left < reduction.taps_per_block ? left : reduction.taps_per_block, reduction.chunks.begin(chunk),
+          reduction.chunks.size(chunk)};
+}
+
+template <class T>
+void pack_block(const Conv2dProblem& a, const Reduction& reduction, const Block& block, const T* w, int64_t filters, int64_t width,
+                const Scratch<T>& scratch) {
+  const int64_t per_tap = reduction.whole_rows ? a.S : 1;
+  for (int64_t t = 0; t < block.taps * per_tap; ++t) {
+    const int64_t position = block.first * per_tap + t;
+    scratch.tap_offset[t] = position / a.S * a.w.r + position % a.S * a.w.s;
+  }
+  const int64_t channels = block.depth / per_tap;
+  pack_filters<T>({w + (reduction.whole_rows ? 0 : block.begin * a.w.c), a.w.k, a.w.c, scratch.tap_offset, block.taps * per_tap, channels},
+                  filters, width, scratch.panel);
+}
+
+// Pointers to what output pixel `pixel` reads, for every tap of the block.
+template <class T>
+FC_INLINE void point_row(const Conv2dProblem& a, const Reduction& reduction, const Block& block, const T* x, int64_t n, int64_t p,
+                         int64_t q, int rows, int m, const Scratch<T>& scratch) {
+  const int64_t top = p * a.stride_h - a.pad_top, left = q * a.stride_w - a.pad_left;
+  x += n * a.x.n;
+  if (!reduction.whole_rows) {
+    int64_t r = block.first / a.S, s = block.first % a.S;
+    for (int64_t t = 0; t < block.taps; ++t) {
+      const int64_t h = top + r * a.dilation_h, w = left + s * a.dilation_w;
+      const bool inside = uint64_t(h) < uint64_t(a.H) && uint64_t(w) < uint64_t(a.W);
+      scratch.rows[t * rows + m] = inside ? x + h * a.x.h + w * a.x.w + block.begin : scratch.zeros;
+      if (++s == a.S) s = 0, ++r;
+    }
+    return;
+  }
+  const bool sticks_out = left < 0 || left + a.S > a.W;
+  for (int64_t t = 0; t < block.taps; ++t) {
+    const int64_t h = top + (block.first + t) * a.dilation_h;
+    const T** row = &scratch.rows[t * rows + m];
+    if (uint64_t(h) >= uint64_t(a.H)) {
+      *row = scratch.zeros;
+    } else if (!sticks_out) {
+      *row = x + h * a.x.h + left * a.x.w;
+    } else {
+      T* edge = scratch.edges + (m * block.taps + t) * block.depth;
+      const int64_t begin = clamp(-left, 0, a.S) * a.C, end = clamp(a.W - left, 0, a.S) * a.C;
+      const T* source = x + h * a.x.h + left * a.x.w;
+      for (int64_t i = 0; i < begin; ++i) edge[i] = T(0);
+      for (int64_t i = begin; i < end; i += kLanes<T>) {
+        const int lanes = end - i < kLanes<T> ? int(end - i) : kLanes<T>;
+        store(edge + i, load(source + i, lanes), lanes);
+      }
+      for (int64_t i = end > begin ? end : begin; i < block.depth; ++i) edge[i] = T(0);
+      *row = edge;
+    }
+  }
+}
+
+// How the work is shared out: first over panels of filters, so that each is packed once, then over pixels.
+struct Shares {
+  EvenSplit vectors;  // the filters of one group, in vectors, cut into panels
+  int64_t panels, pixel_splits;
+
+  template <class T>
+  static Shares of(const Conv2dProblem& a, int threads) {
+    const EvenSplit vectors(round_up(a.K / a.groups, kLanes<T>) / kLanes<T>, GemmTile::kMaxVectors);
+    const int64_t panels = a.groups * vectors.parts;
+    return {vectors, panels, panels % threads == 0 || panels >= 8 * threads ? 1 : threads};
+  }
+};
+
+}  // namespace
+
+const char* pixel_rows_reject(const Conv2dProblem& a) {
+  if (a.x.c != 1) return "reads pixels as runs of channels, and the channels of x are not contiguous (channels_last is)";
+  if (a.y.c != 1) return "writes pixels as runs of filters, and the channels of y are not contiguous (channels_last is)";
+  return nullptr;
+}
+
+template <class T>
+int64_t pixel_rows_workspace(const Conv2dProblem& a, const Machine& machine) {
+  Arena arena(nullptr);
+  const Scratch<T> counted(arena, Reduction(a), a);
+  return arena.used() * machine.threads;
+}
+
+template <class T>
+void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  const Reduction reduction(a);
+  const Shares shares = Shares::of<T>(a, context.machine->threads);
+  const int64_t filters = a.K / a.groups, pixels = a.N * a.P * a.Q;
+  Arena counter(nullptr);
+  const Scratch<T> counted(counter, reduction, a);
+
+  parallel_ranges(context, shares.panels * shares.pixel_splits, [&](int thread, int64_t begin, int64_t end) {
+    Arena arena(static_cast<char*>(context.workspace) + thread * counter.used());
+    const Scratch<T> scratch(arena, reduction, a);
+    for (int64_t i = 0; i < reduction.chunks.largest(); ++i) scratch.zeros[i] = T(0);
+
+    for (int64_t task = begin; task < end; ++task) {
+      // Neighbouring tasks share a panel's pixels, not its filters: a thread's range then covers whole panels where it can.
+      const int64_t panel = task / shares.pixel_splits, part = task % shares.pixel_splits;
+      const int64_t g = panel / shares.vectors.parts, in_group = panel % shares.vectors.parts;
+      const int vectors = int(shares.vectors.size(in_group));
+      const int64_t k0 = shares.vectors.begin(in_group) * kLanes<T>, width = vectors * kLanes<T>;
+      const int64_t columns = filters - k0 < width ? filters - k0 : width, k = g * filters + k0;
+      const int64_t first_pixel = pixels * part / shares.pixel_splits, last_pixel = pixels * (part + 1) / shares.pixel_splits;
+      const EvenSplit tiles(last_pixel - first_pixel, GemmTile::rows(vectors));
+      const T* x = static_cast<const T*>(args.x) + g * (a.C / a.groups);
+      const T* w = static_cast<const T*>(args.w) + g * a.w.g + k0 * a.w.k;
+      const ColumnPiece piece = {0, int32_t(columns), 0, 1};
+
+      for (int64_t b = 0; b < reduction.blocks; ++b) {
+        const Block block = block_at(reduction, b);
+        pack_block(a, reduction, block, w, columns, width, scratch);
+        T* y[GemmTile::kMaxRows];
+        const bool last = b == reduction.blocks - 1;
+        const TileOutput<T> out = {y,
+                                   &piece,
+                                   1,
+                                   b > 0,
+                                   last,
+                                   a.epilogue.activation,
+                                   a.epilogue.bias ? static_cast<const T*>(args.bias) + k : nullptr,
+                                   nullptr,
+                                   a.epilogue.residual ? static_cast<const T*>(args.residual) : nullptr,
+                                   static_cast<T*>(args.y)};
+        const TileInput<T> in = {scratch.rows, 1, scratch.panel, width, block.taps, block.depth};
+        int64_t q = first_pixel % a.Q, p = first_pixel / a.Q % a.P, n = first_pixel / a.Q / a.P;
+        for (int64_t tile = 0; tile < tiles.parts; ++tile) {
+          const int rows = int(tiles.size(tile));
+          for (int m = 0; m < rows; ++m) {
+            point_row(a, reduction, block, x, n, p, q, rows, m, scratch);
+            y[m] = static_cast<T*>(args.y) + n * a.y.n + p * a.y.h + q * a.y.w + k;
+            if (++q == a.Q) {
+              q = 0;
+              if (++p == a.P) p = 0, ++n;
+            }
+          }
+          gemm_tile(rows, vectors, in, out);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+double pixel_rows_efficiency(const Conv2dProblem& a) {
+  const double filters = double(a.K / a.groups), vectors = double(round_up(a.K / a.groups, kLanes<T>)) / kLanes<T>;
+  const double lanes = filters / (vectors * kLanes<T>);
+  const double depth = double(a.R) * double(a.S) * double(a.C / a.groups);
+  const double start = depth / (depth + 12);  // a tile's prologue and stores take about as long as twelve steps
+  const double wide = vectors >= 4 ? 1 : vectors >= 2 ? 0.9 : 0.7;  // loads per FMA of the narrow tiles
+  const double pixels = double(a.N) * double(a.P) * double(a.Q);
+  const double packing = pixels / (pixels + 16);  // a packed element costs about as much as 16 pixels' use of it
+  return 0.92 * lanes * start * wide * packing;
+}
+
+template int64_t pixel_rows_workspace<float>(const Conv2dProblem&, const Machine&);
+template int64_t pixel_rows_workspace<double>(const Conv2dProblem&, const Machine&);
+template void pixel_rows_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+template void pixel_rows_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+template double pixel_rows_efficiency<float>(const Conv2dProblem&);
+template double pixel_rows_efficiency<double>(const Conv2dProblem&);
+
+}  // namespace fastconv::FASTCONV_TARGET

@@ -1,0 +1,26 @@
+// Convolution as a matrix multiplication whose rows are output pixels and whose columns are filters: the NHWC side.
+//
+//   y[pixel][k] = sum over taps and channels of  x[pixel shifted by tap][channel] * w[k][tap][channel]
+//
+// Pixels are broadcast from where they lie, through one pointer per row and tap; nothing is unrolled into a column matrix. Filters
+// are packed in panels of at most four vectors, a block of the reduction at a time, so that what is packed stays in L2.
+#pragma once
+
+#include "core/kernel.h"
+
+namespace fastconv::FASTCONV_TARGET {
+
+// nullptr where pixel_rows can run: channels of x and filters of y contiguous.
+const char* pixel_rows_reject(const Conv2dProblem& a);
+
+template <class T>
+int64_t pixel_rows_workspace(const Conv2dProblem& a, const Machine& machine);
+
+template <class T>
+void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
+
+// The share of FMA peak that a problem of this shape reaches: row and vector tails, and the cost of packing for one sample.
+template <class T>
+double pixel_rows_efficiency(const Conv2dProblem& a);
+
+}  // namespace fastconv::FASTCONV_TARGET

@@ -1,0 +1,33 @@
+// conv2d_fwd.implicit_gemm: the workhorse for filters larger than 1x1 in channels_last. The rows of the matrix multiplication are
+// output pixels, addressed through pointers (Dukhan, "The Indirect Convolution Algorithm", 2019), so no column matrix exists.
+//
+//   tile       blocks/gemm_tile.h     6 pixels x 64 filters in registers (AVX-512), 4 x 24 (AVX2)
+//   transform  blocks/filter_panel.h  filters to panels [tap][channel][filter], a block of at most 1536 rows at a time, in L2
+//   multiply   blocks/gemm_tile.cpp
+//   run        blocks/pixel_rows.cpp  panels of filters, then blocks of the reduction, then tiles of pixels
+#include "cpu/blocks/conv2d_geometry.h"
+#include "cpu/blocks/pixel_rows.h"
+
+namespace fastconv::FASTCONV_TARGET {
+namespace {
+
+// --- contract
+const char* reject(const Conv2dProblem& a) {
+  if (a.R * a.S == 1) return "the filters are 1x1, which is pointwise";
+  return pixel_rows_reject(a);
+}
+
+template <class T>
+double cost(const Conv2dProblem& a, const Machine& machine) {
+  return conv2d_flops(a) / (peak_flops<T>(machine) * pixel_rows_efficiency<T>(a));
+}
+
+template <class T>
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, cost<T>, pixel_rows_workspace<T>, pixel_rows_run<T>};
+
+}  // namespace
+
+extern constinit const Kernel<Conv2dProblem> conv2d_fwd_implicit_gemm_f32 = kKernel<float>;
+extern constinit const Kernel<Conv2dProblem> conv2d_fwd_implicit_gemm_f64 = kKernel<double>;
+
+}  // namespace fastconv::FASTCONV_TARGET
