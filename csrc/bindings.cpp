@@ -76,9 +76,9 @@ class AnyPlan {
 };
 
 template <class Problem>
-py::list explain(const std::string& op, const Problem& problem, int threads, const std::string& force, bool strict) {
+py::list explain(const std::string& op, const Problem& problem, int /*threads*/, const std::string& force, bool strict) {
   py::list table;
-  for (const Candidate& candidate : candidates(op, problem, threads, {force, strict})) {
+  for (const Candidate& candidate : candidates(op, problem, {force, strict})) {
     table.append(py::make_tuple(candidate.row->name, candidate.verdict, candidate.cost));
   }
   return table;

@@ -16,7 +16,7 @@ struct Wish {
 struct Candidate {
   const Row* row;
   std::string verdict;  // "" when accepted
-  double cost;          // seconds; infinity when not accepted
+  double cost;          // seconds for a nominal batch on one thread (law 7, see select.cpp); infinity when not accepted
 };
 
 template <class Problem>
@@ -31,7 +31,7 @@ struct Plan {
 // Every kernel of the op and dtype, in the order of kernels.def. Throws std::invalid_argument for an op or a forced name that
 // does not exist.
 template <class Problem>
-std::vector<Candidate> candidates(const std::string& op, const Problem& problem, int threads, const Wish& wish);
+std::vector<Candidate> candidates(const std::string& op, const Problem& problem, const Wish& wish);
 
 struct NoKernel : std::exception {
   explicit NoKernel(std::string text) : message(std::move(text)) {}

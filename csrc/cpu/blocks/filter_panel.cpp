@@ -1,33 +1,12 @@
 #include "cpu/blocks/filter_panel.h"
 
+#include "cpu/blocks/columns.h"
+
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
 // Positions of one filter plane that a lookup table covers: 11x11 fits. Larger filters are gathered.
 constexpr int64_t kMaxPlane = 128;
-
-// Reads `count` consecutive elements of kLanes rows that are `step` apart (rows from `lanes` on count as zero) and hands them over
-// as columns: emit(i, vector of element i of all rows).
-template <class T, class Emit>
-FC_INLINE void for_each_column(const T* rows, int64_t step, int lanes, int64_t count, const Emit& emit) {
-  constexpr int kL = kLanes<T>;
-  for (int64_t i = 0; i < count; i += kL) {
-    const int n = count - i < kL ? int(count - i) : kL;
-    vec<T> block[kL];
-#pragma GCC unroll 16
-    for (int m = 0; m < kL; ++m) {
-      const T* row = rows + m * step + i;
-      block[m] = m >= lanes ? zero<T>() : n == kL ? load(row) : load(row, n);
-    }
-    transpose(block);
-    if (n == kL) {
-#pragma GCC unroll 16
-      for (int m = 0; m < kL; ++m) emit(i + m, block[m]);
-    } else {
-      for (int m = 0; m < n; ++m) emit(i + m, block[m]);
-    }
-  }
-}
 
 // Where the taps lie between their least and their greatest offset: tap_at[offset - least], or -1.
 struct Plane {

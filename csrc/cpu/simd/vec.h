@@ -98,6 +98,27 @@ template <class T>
 FC_INLINE index_vec<T> operator+(index_vec<T> a, index_vec<T> b) {
   return {a.v + b.v};
 }
+template <class T>
+FC_INLINE index_vec<T> operator*(index_vec<T> a, index_vec<T> b) {
+  return {a.v * b.v};
+}
+// 0, 1, 2, ...
+template <class T>
+FC_INLINE index_vec<T> index_iota() {
+  index_vec<T> r{};
+  for (int i = 0; i < kLanes<T>; ++i) r.v[i] = i;
+  return r;
+}
+template <class T>
+FC_INLINE index_vec<T> index_load(const typename int_of<T>::type* p) {
+  index_vec<T> r;
+  __builtin_memcpy(&r.v, p, sizeof r.v);
+  return r;
+}
+template <class T>
+FC_INLINE void index_store(typename int_of<T>::type* p, index_vec<T> a) {
+  __builtin_memcpy(p, &a.v, sizeof a.v);
+}
 
 }  // namespace fastconv::FASTCONV_TARGET
 

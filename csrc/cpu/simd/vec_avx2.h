@@ -106,4 +106,72 @@ FC_INLINE void transpose(vec<double> (&rows)[4]) {
   rows[3].v = _mm256_permute2f128_pd(pair[1], pair[3], 0x31);
 }
 
+// Lanes 0..n-1 set, n at most the number of lanes.
+template <class T>
+FC_INLINE mask<T> first_lanes(int n) {
+  return {(typename index_vec<T>::raw)lane_range<T>(0, n)};
+}
+// Bit i is lane i.
+FC_INLINE uint32_t bits(mask<float> a) { return uint32_t(_mm256_movemask_ps((__m256)a.m)); }
+FC_INLINE uint32_t bits(mask<double> a) { return uint32_t(_mm256_movemask_pd((__m256d)a.m)); }
+template <class T>
+FC_INLINE mask<T> equal(index_vec<T> a, index_vec<T> b) {
+  return {a.v == b.v};
+}
+
+// torch's indices are int64 whatever T is: widened and narrowed here, n lanes of them.
+FC_INLINE void store_indices(int64_t* p, index_vec<double> a, int n) {
+  _mm256_maskstore_epi64((long long*)p, lane_range<double>(0, n), (__m256i)a.v);
+}
+FC_INLINE void store_indices(int64_t* p, index_vec<float> a, int n) {
+  const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128((__m256i)a.v));
+  const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256((__m256i)a.v, 1));
+  _mm256_maskstore_epi64((long long*)p, lane_range<double>(0, n), low);
+  _mm256_maskstore_epi64((long long*)p + 4, lane_range<double>(0, n - 4), high);
+}
+template <class T>
+FC_INLINE index_vec<T> load_indices(const int64_t* p, int n) {
+  const __m256i low = _mm256_maskload_epi64((const long long*)p, lane_range<double>(0, n));
+  if constexpr (sizeof(T) == 8) {
+    return {(typename index_vec<T>::raw)low};
+  } else {
+    const __m256i high = _mm256_maskload_epi64((const long long*)p + 4, lane_range<double>(0, n - 4));
+    const __m256 halves = _mm256_shuffle_ps((__m256)low, (__m256)high, _MM_SHUFFLE(2, 0, 2, 0));
+    return {(typename index_vec<T>::raw)_mm256_permute4x64_epi64((__m256i)halves, _MM_SHUFFLE(3, 1, 2, 0))};
+  }
+}
+
+// a and b are one sequence of 2 * lanes: its even and its odd places, and back.
+FC_INLINE void deinterleave(vec<float> a, vec<float> b, vec<float>& even, vec<float>& odd) {
+  const __m256d e = (__m256d)_mm256_shuffle_ps(a.v, b.v, _MM_SHUFFLE(2, 0, 2, 0));
+  const __m256d o = (__m256d)_mm256_shuffle_ps(a.v, b.v, _MM_SHUFFLE(3, 1, 3, 1));
+  even = {(__m256)_mm256_permute4x64_pd(e, _MM_SHUFFLE(3, 1, 2, 0))};
+  odd = {(__m256)_mm256_permute4x64_pd(o, _MM_SHUFFLE(3, 1, 2, 0))};
+}
+FC_INLINE void deinterleave(vec<double> a, vec<double> b, vec<double>& even, vec<double>& odd) {
+  even = {_mm256_permute4x64_pd(_mm256_unpacklo_pd(a.v, b.v), _MM_SHUFFLE(3, 1, 2, 0))};
+  odd = {_mm256_permute4x64_pd(_mm256_unpackhi_pd(a.v, b.v), _MM_SHUFFLE(3, 1, 2, 0))};
+}
+FC_INLINE void interleave(vec<float> even, vec<float> odd, vec<float>& a, vec<float>& b) {
+  const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+  a = {_mm256_permute2f128_ps(low, high, 0x20)};
+  b = {_mm256_permute2f128_ps(low, high, 0x31)};
+}
+FC_INLINE void interleave(vec<double> even, vec<double> odd, vec<double>& a, vec<double>& b) {
+  const __m256d low = _mm256_unpacklo_pd(even.v, odd.v), high = _mm256_unpackhi_pd(even.v, odd.v);
+  a = {_mm256_permute2f128_pd(low, high, 0x20)};
+  b = {_mm256_permute2f128_pd(low, high, 0x31)};
+}
+
+// The sum of all lanes, as a binary tree.
+FC_INLINE double reduce_add(vec<double> a) {
+  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+}
+FC_INLINE float reduce_add(vec<float> a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
 }  // namespace fastconv::FASTCONV_TARGET

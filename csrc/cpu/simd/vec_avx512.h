@@ -93,7 +93,8 @@ FC_INLINE void transpose(vec<float> (&rows)[16]) {
   // quad[4*b + j] holds, in its 128-bit lane l, column 4*l + j of rows 4*b .. 4*b+3.
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512 low = _mm512_shuffle_f32x4(quad[j], quad[4 + j], 0x88), high = _mm512_shuffle_f32x4(quad[8 + j], quad[12 + j], 0x88);
+    const __m512 low = _mm512_shuffle_f32x4(quad[j], quad[4 + j], 0x88),
+                 high = _mm512_shuffle_f32x4(quad[8 + j], quad[12 + j], 0x88);
     const __m512 low_odd = _mm512_shuffle_f32x4(quad[j], quad[4 + j], 0xdd);
     const __m512 high_odd = _mm512_shuffle_f32x4(quad[8 + j], quad[12 + j], 0xdd);
     rows[j].v = _mm512_shuffle_f32x4(low, high, 0x88);
@@ -112,7 +113,8 @@ FC_INLINE void transpose(vec<double> (&rows)[8]) {
   // pair[2*b + j] holds, in its 128-bit lane l, column 2*l + j of rows 2*b, 2*b+1.
 #pragma GCC unroll 2
   for (int j = 0; j < 2; ++j) {
-    const __m512d low = _mm512_shuffle_f64x2(pair[j], pair[2 + j], 0x88), high = _mm512_shuffle_f64x2(pair[4 + j], pair[6 + j], 0x88);
+    const __m512d low = _mm512_shuffle_f64x2(pair[j], pair[2 + j], 0x88),
+                  high = _mm512_shuffle_f64x2(pair[4 + j], pair[6 + j], 0x88);
     const __m512d low_odd = _mm512_shuffle_f64x2(pair[j], pair[2 + j], 0xdd);
     const __m512d high_odd = _mm512_shuffle_f64x2(pair[4 + j], pair[6 + j], 0xdd);
     rows[j].v = _mm512_shuffle_f64x2(low, high, 0x88);
@@ -121,5 +123,69 @@ FC_INLINE void transpose(vec<double> (&rows)[8]) {
     rows[6 + j].v = _mm512_shuffle_f64x2(low_odd, high_odd, 0xdd);
   }
 }
+
+// Lanes 0..n-1 set, n at most the number of lanes.
+template <class T>
+FC_INLINE mask<T> first_lanes(int n) {
+  return {decltype(mask<T>::m)(lane_range<T>(0, n))};
+}
+// Bit i is lane i.
+template <class T>
+FC_INLINE uint32_t bits(mask<T> a) {
+  return a.m;
+}
+FC_INLINE mask<float> equal(index_vec<float> a, index_vec<float> b) {
+  return {_mm512_cmpeq_epi32_mask((__m512i)a.v, (__m512i)b.v)};
+}
+FC_INLINE mask<double> equal(index_vec<double> a, index_vec<double> b) {
+  return {_mm512_cmpeq_epi64_mask((__m512i)a.v, (__m512i)b.v)};
+}
+
+// torch's indices are int64 whatever T is: widened and narrowed here, n lanes of them.
+FC_INLINE void store_indices(int64_t* p, index_vec<float> a, int n) {
+  const __m512i v = (__m512i)a.v;
+  _mm512_mask_storeu_epi64(p, __mmask8(lane_range<double>(0, n)), _mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)));
+  _mm512_mask_storeu_epi64(p + 8, __mmask8(lane_range<double>(0, n - 8)), _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1)));
+}
+FC_INLINE void store_indices(int64_t* p, index_vec<double> a, int n) {
+  _mm512_mask_storeu_epi64(p, __mmask8(lane_range<double>(0, n)), (__m512i)a.v);
+}
+template <class T>
+FC_INLINE index_vec<T> load_indices(const int64_t* p, int n) {
+  const __m512i low = _mm512_maskz_loadu_epi64(__mmask8(lane_range<double>(0, n)), p);
+  if constexpr (sizeof(T) == 8) {
+    return {(typename index_vec<T>::raw)low};
+  } else {
+    const __m512i high = _mm512_maskz_loadu_epi64(__mmask8(lane_range<double>(0, n - 8)), p + 8);
+    return {(typename index_vec<T>::raw)_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)),
+                                                           _mm512_cvtepi64_epi32(high), 1)};
+  }
+}
+
+// a and b are one sequence of 2 * lanes: its even and its odd places, and back.
+FC_INLINE void deinterleave(vec<float> a, vec<float> b, vec<float>& even, vec<float>& odd) {
+  const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = {_mm512_permutex2var_ps(a.v, pick, b.v)};
+  odd = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(pick, _mm512_set1_epi32(1)), b.v)};
+}
+FC_INLINE void deinterleave(vec<double> a, vec<double> b, vec<double>& even, vec<double>& odd) {
+  const __m512i pick = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+  even = {_mm512_permutex2var_pd(a.v, pick, b.v)};
+  odd = {_mm512_permutex2var_pd(a.v, _mm512_add_epi64(pick, _mm512_set1_epi64(1)), b.v)};
+}
+FC_INLINE void interleave(vec<float> even, vec<float> odd, vec<float>& a, vec<float>& b) {
+  const __m512i pick = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = {_mm512_permutex2var_ps(even.v, pick, odd.v)};
+  b = {_mm512_permutex2var_ps(even.v, _mm512_add_epi32(pick, _mm512_set1_epi32(8)), odd.v)};
+}
+FC_INLINE void interleave(vec<double> even, vec<double> odd, vec<double>& a, vec<double>& b) {
+  const __m512i pick = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  a = {_mm512_permutex2var_pd(even.v, pick, odd.v)};
+  b = {_mm512_permutex2var_pd(even.v, _mm512_add_epi64(pick, _mm512_set1_epi64(4)), odd.v)};
+}
+
+// The sum of all lanes, as a binary tree.
+FC_INLINE float reduce_add(vec<float> a) { return _mm512_reduce_add_ps(a.v); }
+FC_INLINE double reduce_add(vec<double> a) { return _mm512_reduce_add_pd(a.v); }
 
 }  // namespace fastconv::FASTCONV_TARGET

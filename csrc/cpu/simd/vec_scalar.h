@@ -106,4 +106,69 @@ FC_INLINE void transpose(vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Lanes 0..n-1 set, n at most the number of lanes.
+template <class T>
+FC_INLINE mask<T> first_lanes(int n) {
+  mask<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r.m[i] = i < n ? -1 : 0;
+  return r;
+}
+// Bit i is lane i.
+template <class T>
+FC_INLINE uint32_t bits(mask<T> a) {
+  uint32_t r = 0;
+  for (int i = 0; i < kLanes<T>; ++i) r |= uint32_t(a.m[i] & 1) << i;
+  return r;
+}
+template <class T>
+FC_INLINE mask<T> equal(index_vec<T> a, index_vec<T> b) {
+  return {a.v == b.v};
+}
+
+// torch's indices are int64 whatever T is: widened and narrowed here, n lanes of them.
+template <class T>
+FC_INLINE void store_indices(int64_t* p, index_vec<T> a, int n) {
+  for (int i = 0; i < n && i < kLanes<T>; ++i) p[i] = a.v[i];
+}
+template <class T>
+FC_INLINE index_vec<T> load_indices(const int64_t* p, int n) {
+  index_vec<T> r{};
+  for (int i = 0; i < n && i < kLanes<T>; ++i) r.v[i] = typename index_vec<T>::Int(p[i]);
+  return r;
+}
+
+// a and b are one sequence of 2 * lanes: its even and its odd places, and back.
+template <class T>
+FC_INLINE void deinterleave(vec<T> a, vec<T> b, vec<T>& even, vec<T>& odd) {
+  constexpr int kHalf = kLanes<T> / 2;
+  vec<T> e, o;
+  for (int i = 0; i < kHalf; ++i) {
+    e.v[i] = a.v[2 * i];
+    e.v[i + kHalf] = b.v[2 * i];
+    o.v[i] = a.v[2 * i + 1];
+    o.v[i + kHalf] = b.v[2 * i + 1];
+  }
+  even = e;
+  odd = o;
+}
+template <class T>
+FC_INLINE void interleave(vec<T> even, vec<T> odd, vec<T>& a, vec<T>& b) {
+  constexpr int kHalf = kLanes<T> / 2;
+  for (int i = 0; i < kHalf; ++i) {
+    a.v[2 * i] = even.v[i];
+    a.v[2 * i + 1] = odd.v[i];
+    b.v[2 * i] = even.v[i + kHalf];
+    b.v[2 * i + 1] = odd.v[i + kHalf];
+  }
+}
+
+// The sum of all lanes, as a binary tree.
+template <class T>
+FC_INLINE T reduce_add(vec<T> a) {
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  }
+  return a.v[0];
+}
+
 }  // namespace fastconv::FASTCONV_TARGET

@@ -1,0 +1,275 @@
+#include "cpu/blocks/filter_gradient.h"
+
+#include "cpu/blocks/bias_gradient.h"
+#include "cpu/blocks/columns.h"
+#include "cpu/blocks/conv2d_geometry.h"
+#include "cpu/blocks/gemm_tile.h"
+#include "cpu/blocks/parallel.h"
+#include "cpu/blocks/split.h"
+
+namespace fastconv::FASTCONV_TARGET {
+namespace {
+
+// Pixels between two visits to the sums. 512 pixels x 64 channels of floats are 128 KB; a visit then costs 48 of 6144 cycles' worth of
+// loads and stores.
+constexpr int64_t kMaxPixels = 512;
+// Filters whose packed pixels are kept at a time: 512 x 256 floats are 512 KB, half of an L2.
+constexpr int64_t kMaxFilters = 256;
+
+// The pixels of one chunk: `pixels` of the flat P*Q plane from `first` on, of `samples` samples from n on.
+struct Chunk {
+  int64_t n, samples, first, pixels;
+};
+
+struct Chunks {
+  EvenSplit parts, samples;  // large planes are cut, small ones are taken several samples at a time
+
+  explicit FC_INLINE Chunks(const Conv2dProblem& a)
+      : parts(a.P * a.Q, kMaxPixels), samples(a.N, a.P * a.Q >= kMaxPixels ? 1 : kMaxPixels / (a.P * a.Q)) {}
+  FC_INLINE int64_t count() const { return parts.parts * samples.parts; }
+  FC_INLINE int64_t largest() const { return parts.largest() * samples.largest(); }
+  FC_INLINE Chunk at(int64_t i) const {
+    const int64_t s = i / parts.parts, part = i % parts.parts;
+    return {samples.begin(s), samples.size(s), parts.begin(part), parts.size(part)};
+  }
+};
+
+// visit(n, p, q, length, pixels before) for every stretch of a chunk within one output row.
+template <class Visit>
+FC_INLINE void for_each_stretch(const Conv2dProblem& a, const Chunk& chunk, const Visit& visit) {
+  for (int64_t sample = 0; sample < chunk.samples; ++sample) {
+    int64_t p = chunk.first / a.Q, q = chunk.first % a.Q;
+    for (int64_t done = 0; done < chunk.pixels;) {
+      const int64_t left = chunk.pixels - done, length = a.Q - q < left ? a.Q - q : left;
+      visit(chunk.n + sample, p, q, length, sample * chunk.pixels + done);
+      done += length;
+      q = 0, ++p;
+    }
+  }
+}
+
+// --- the rows: y, as [pixel][rows of the tile], or in place where a plane of NCHW is one run of pixels
+
+FC_INLINE bool rows_in_place(const Conv2dProblem& a) { return a.y.w == 1 && a.y.h == a.Q; }
+
+template <class T>
+void pack_rows(const Conv2dProblem& a, const Chunk& chunk, const T* y, int rows, T* panel) {
+  for_each_stretch(a, chunk, [&](int64_t n, int64_t p, int64_t q, int64_t length, int64_t before) {
+    const T* from = y + n * a.y.n + p * a.y.h + q * a.y.w;
+    T* to = panel + before * rows;
+    for (int64_t i = 0; i < length; ++i, from += a.y.w, to += rows) {
+      if (a.y.c == 1) {
+        for (int m = 0; m < rows; m += kLanes<T>) store(to + m, load(from + m, rows - m), rows - m);
+      } else {
+        for (int m = 0; m < rows; ++m) to[m] = from[m * a.y.c];
+      }
+    }
+  });
+}
+
+// --- the columns: x under one tap, as [pixel][width]
+
+template <class T>
+void pack_columns(const Conv2dProblem& a, const Chunk& chunk, const T* x, int64_t r, int64_t s, int64_t channels, int64_t width, T* panel) {
+  constexpr int kL = kLanes<T>;
+  const int64_t offset = s * a.dilation_w - a.pad_left;
+  const Range inside = outputs_inside(a.Q, a.stride_w, offset, a.W);
+  for_each_stretch(a, chunk, [&](int64_t n, int64_t p, int64_t q, int64_t length, int64_t before) {
+    T* to = panel + before * width;
+    const int64_t h = p * a.stride_h - a.pad_top + r * a.dilation_h;
+    const bool row_inside = uint64_t(h) < uint64_t(a.H);
+    const int64_t lo = row_inside ? clamp(inside.begin - q, 0, length) : length;
+    const int64_t hi = row_inside ? clamp(inside.end - q, lo, length) : length;
+    for (int64_t i = 0; i < lo * width; i += kL) store(to + i, zero<T>());
+    for (int64_t i = hi * width; i < length * width; i += kL) store(to + i, zero<T>());
+    if (lo == hi) return;
+    const T* from = x + n * a.x.n + h * a.x.h + ((q + lo) * a.stride_w + offset) * a.x.w;
+    to += lo * width;
+    const int64_t step = a.stride_w * a.x.w;
+    for (int64_t c = 0; c < width; c += kL) {
+      const int lanes = channels - c < 0 ? 0 : channels - c < kL ? int(channels - c) : kL;
+      if (a.x.c == 1) {
+        for (int64_t i = 0; i < hi - lo; ++i) {
+          store(to + i * width + c, lanes == kL ? load(from + i * step + c) : load(from + i * step + c, lanes));
+        }
+      } else if (step == 1) {
+        for_each_column(from + c * a.x.c, a.x.c, lanes, hi - lo,
+                        [&](int64_t i, vec<T> column) { store(to + i * width + c, column); });
+      } else {
+        for (int64_t i = 0; i < hi - lo; ++i) store(to + i * width + c, load_strided(from + i * step + c * a.x.c, a.x.c, lanes));
+      }
+    }
+  });
+}
+
+// --- the sums: in w itself where a filter's channels are contiguous, else in [k][tap][c] of the workspace
+
+FC_INLINE bool sums_in_place(const Conv2dProblem& a) { return a.w.c == 1; }
+
+template <class T>
+int64_t sums_bytes(const Conv2dProblem& a) {
+  return sums_in_place(a) ? 0 : round_up(a.K * a.R * a.S * (a.C / a.groups) * int64_t(sizeof(T)), 64);
+}
+
+template <class T>
+void deliver(const Conv2dProblem& a, const T* sums, T* w, const Context& context) {
+  constexpr int kL = kLanes<T>;
+  const int64_t channels = a.C / a.groups, filters = a.K / a.groups, plane = a.R * a.S;
+  const bool dense_plane = a.w.s == 1 && a.w.r == a.S;
+  parallel_ranges(context, a.K, [&](int, int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const T* from = sums + k * plane * channels;
+      T* to = w + k / filters * a.w.g + k % filters * a.w.k;
+      for (int64_t t = 0; t < plane; t += dense_plane ? kL : 1) {
+        if (dense_plane) {
+          const int lanes = plane - t < kL ? int(plane - t) : kL;
+          for_each_column(from + t * channels, channels, lanes, channels,
+                          [&](int64_t c, vec<T> taps) { store(to + c * a.w.c + t, taps, lanes); });
+        } else {
+          for (int64_t c = 0; c < channels; ++c) to[c * a.w.c + t / a.S * a.w.r + t % a.S * a.w.s] = from[t * channels + c];
+        }
+      }
+    }
+  });
+}
+
+// How the sums are shared out: panels of columns first, filters where there are too few panels.
+struct Shares {
+  EvenSplit vectors;    // the channels of a group, in vectors, cut into panels
+  int64_t panels;       // of one group: taps * panels of channels
+  int64_t filter_splits;
+
+  template <class T>
+  static Shares of(const Conv2dProblem& a, int threads) {
+    const EvenSplit vectors((a.C / a.groups + kLanes<T> - 1) / kLanes<T>, GemmTile::kMaxVectors);
+    const int64_t panels = a.R * a.S * vectors.parts, tasks = panels * a.groups;
+    return {vectors, panels, tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads};
+  }
+};
+
+template <class T>
+struct Scratch {
+  T* rows;     // [tile][pixel][rows of the tile]
+  T* columns;  // [pixel][width]
+
+  Scratch(Arena& arena, const Conv2dProblem& a, const Chunks& chunks) {
+    const int64_t filters = a.K / a.groups < kMaxFilters ? a.K / a.groups : kMaxFilters;
+    rows = arena.take<T>(rows_in_place(a) ? 0 : filters * chunks.largest());
+    columns = arena.take<T>(chunks.largest() * GemmTile::kMaxVectors * kLanes<T>);
+  }
+};
+
+// Filters k0 .. k1 of group g against panels first .. last of columns.
+struct Task {
+  int64_t g, k0, k1, first_panel, last_panel;
+};
+
+template <class T>
+void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, const Shares& shares, const Chunks& chunks, T* sums,
+              const WeightStride& step, const Scratch<T>& scratch) {
+  const int64_t channels = a.C / a.groups, filters = a.K / a.groups;
+  const EvenSplit blocks(task.k1 - task.k0, kMaxFilters);
+  for (int64_t block = 0; block < blocks.parts; ++block) {
+    const int64_t k_block = task.k0 + blocks.begin(block), count = blocks.size(block);
+    for (int64_t i = 0; i < chunks.count(); ++i) {
+      const Chunk chunk = chunks.at(i);
+      const int64_t pixels = chunk.samples * chunk.pixels;
+      // The tiles of all panels have the same rows, so that the packed rows serve them all.
+      const EvenSplit tiles(count, GemmTile::rows(GemmTile::kMaxVectors));
+      const T* y = static_cast<const T*>(args.y) + (task.g * filters + k_block) * a.y.c;
+      if (!rows_in_place(a)) {
+        for (int64_t tile = 0; tile < tiles.parts; ++tile) {
+          pack_rows(a, chunk, y + tiles.begin(tile) * a.y.c, int(tiles.size(tile)), scratch.rows + tiles.begin(tile) * pixels);
+        }
+      }
+      for (int64_t panel = task.first_panel; panel < task.last_panel; ++panel) {
+        const int64_t tap = panel / shares.vectors.parts, part = panel % shares.vectors.parts;
+        const int vectors = int(shares.vectors.size(part));
+        const int64_t c0 = shares.vectors.begin(part) * kLanes<T>, width = vectors * kLanes<T>;
+        const int64_t columns = channels - c0 < width ? channels - c0 : width;
+        const T* x = static_cast<const T*>(args.x) + (task.g * channels + c0) * a.x.c;
+        pack_columns(a, chunk, x, tap / a.S, tap % a.S, columns, width, scratch.columns);
+
+        const ColumnPiece piece = {0, int32_t(columns), 0, 1};
+        for (int64_t tile = 0; tile < tiles.parts; ++tile) {
+          const int rows = int(tiles.size(tile));
+          const T* a_rows[kMaxPixels * GemmTile::rows(GemmTile::kMaxVectors)];
+          T* w[GemmTile::kMaxRows];
+          for (int m = 0; m < rows; ++m) {
+            const int64_t k = k_block + tiles.begin(tile) + m;
+            w[m] = sums + task.g * step.g + k * step.k + c0 + tap / a.S * step.r + tap % a.S * step.s;
+            if (rows_in_place(a)) {
+              for (int64_t n = 0; n < chunk.samples; ++n) {
+                a_rows[n * rows + m] = y + (tiles.begin(tile) + m) * a.y.c + (chunk.n + n) * a.y.n + chunk.first;
+              }
+            } else {
+              a_rows[m] = scratch.rows + tiles.begin(tile) * pixels + m;
+            }
+          }
+          const TileInput<T> in = rows_in_place(a)
+                                      ? TileInput<T>{a_rows, 1, scratch.columns, width, chunk.samples, chunk.pixels}
+                                      : TileInput<T>{a_rows, rows, scratch.columns, width, 1, pixels};
+          const TileOutput<T> out = {w, &piece, 1, i > 0, false, Activation::none, nullptr, nullptr, nullptr, nullptr};
+          gemm_tile(rows, vectors, in, out);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+int64_t filter_gradient_workspace(const Conv2dProblem& a, const Machine& machine) {
+  Arena arena(nullptr);
+  const Scratch<T> counted(arena, a, Chunks(a));
+  return arena.used() * machine.threads + sums_bytes<T>(a);
+}
+
+template <class T>
+void filter_gradient_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  const Chunks chunks(a);
+  const Shares shares = Shares::of<T>(a, context.machine->threads);
+  const int64_t filters = a.K / a.groups, channels = a.C / a.groups, plane = a.R * a.S;
+  T* w = static_cast<T*>(args.w);
+  T* sums = sums_in_place(a) ? w : static_cast<T*>(context.workspace);
+  const WeightStride step =
+      sums_in_place(a) ? a.w : WeightStride{filters * plane * channels, plane * channels, 1, a.S * channels, channels};
+  char* scratch_base = static_cast<char*>(context.workspace) + sums_bytes<T>(a);
+  Arena counter(nullptr);
+  const Scratch<T> counted(counter, a, chunks);
+
+  parallel_ranges(context, a.groups * shares.filter_splits * shares.panels, [&](int thread, int64_t begin, int64_t end) {
+    Arena arena(scratch_base + thread * counter.used());
+    const Scratch<T> scratch(arena, a, chunks);
+    for (int64_t i = begin; i < end;) {
+      const int64_t panel = i % shares.panels, split = i / shares.panels % shares.filter_splits;
+      const int64_t g = i / shares.panels / shares.filter_splits;
+      const int64_t last = shares.panels - panel < end - i ? shares.panels : panel + end - i;
+      const int64_t k0 = filters * split / shares.filter_splits, k1 = filters * (split + 1) / shares.filter_splits;
+      if (k0 < k1) run_task(a, args, {g, k0, k1, panel, last}, shares, chunks, sums, step, scratch);
+      i += last - panel;
+    }
+  });
+  if (!sums_in_place(a)) deliver(a, sums, w, context);
+  if (a.epilogue.bias) bias_gradient<T>(a, args, context);
+}
+
+template <class T>
+double filter_gradient_efficiency(const Conv2dProblem& a) {
+  const double channels = double(a.C / a.groups), filters = double(a.K / a.groups);
+  const double lanes = channels / double(round_up(a.C / a.groups, kLanes<T>));
+  const double pixels = double(Chunks(a).largest());
+  const double start = pixels / (pixels + 12);   // a tile's prologue and stores take about as long as twelve steps
+  const double pack = a.x.c == 1 ? 4 : 12;       // a packed pixel costs as much as its use by so many filters
+  return 0.9 * lanes * start * filters / (filters + pack);
+}
+
+template int64_t filter_gradient_workspace<float>(const Conv2dProblem&, const Machine&);
+template int64_t filter_gradient_workspace<double>(const Conv2dProblem&, const Machine&);
+template void filter_gradient_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+template void filter_gradient_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+template double filter_gradient_efficiency<float>(const Conv2dProblem&);
+template double filter_gradient_efficiency<double>(const Conv2dProblem&);
+
+}  // namespace fastconv::FASTCONV_TARGET
