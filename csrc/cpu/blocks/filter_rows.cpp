@@ -30,6 +30,7 @@ struct Blocking {
   EvenSplit chunks;   // the channels of a group, so that chunk*R*S stays near kMaxDepth
   EvenSplit vectors;  // the pixels of the batch in vectors, cut into panels
   int64_t depth;      // of the largest chunk
+  int64_t panel_size;  // elements of a packed panel, and the vector that pack_pixels may spill behind it
   int64_t panels_per_block;
   int64_t filter_splits;
   bool in_place;  // a filter's channels and taps are one run, or a 1x1 filter's channels are evenly spaced
@@ -44,26 +45,25 @@ struct Blocking {
     const int64_t panels = clamp(kMaxPanelBytes / bytes, 1, vectors.parts);
     const int64_t tasks = vectors.parts * a.groups;
     const bool in_place = plane == 1 || (a.w.s == 1 && a.w.r == a.S && a.w.c == plane);
-    return {chunks, vectors, depth, panels, tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads, in_place};
+    return {chunks, vectors, depth, (depth * GemmTile::kMaxVectors + 1) * kLanes<T>, panels, tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads, in_place};
   }
-};
-
-struct Panel {
-  PixelRun runs[kMaxColumns];
-  ColumnPiece pieces[kMaxColumns];
-  int run_count, piece_count, vectors;
 };
 
 // Scratch of one thread.
 template <class T>
 struct Scratch {
-  T* pixels;      // [panels of a block][depth][columns], and one vector that pack_pixels may spill
-  Panel* panels;  // [panels of a block]
+  T* pixels;           // [panels of a block][depth][columns]
+  PixelPanel* panels;  // [panels of a block]
 
-  Scratch(Arena& arena, const Blocking& blocking) {
-    const int64_t columns = GemmTile::kMaxVectors * kLanes<T>;
-    pixels = arena.take<T>(blocking.panels_per_block * blocking.depth * columns + kLanes<T>);
-    panels = arena.take<Panel>(blocking.panels_per_block);
+  Scratch(Arena& arena, const Blocking& blocking, const Conv2dProblem& a) {
+    pixels = arena.take<T>(blocking.panels_per_block * blocking.panel_size);
+    panels = arena.take<PixelPanel>(blocking.panels_per_block);
+    PixelFill* fills = arena.take<PixelFill>(blocking.panels_per_block * a.S * kMaxFills);
+    int64_t* row_offsets = arena.take<int64_t>(blocking.panels_per_block * a.R * kMaxColumns);
+    for (int64_t i = 0; panels && i < blocking.panels_per_block; ++i) {
+      panels[i].fills = fills + i * a.S * kMaxFills;
+      panels[i].row_offsets = row_offsets + i * a.R * kMaxColumns;
+    }
   }
 };
 
@@ -99,21 +99,14 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking& bl
               const Scratch<T>& scratch) {
   const int64_t filters = a.K / a.groups, channels = a.C / a.groups, plane = a.R * a.S, pixels = a.N * a.P * a.Q;
   for (int64_t i = 0; i < task.panel_count; ++i) {
-    const int64_t vector = blocking.vectors.begin(task.first_panel + i), first = vector * kLanes<T>;
-    Panel& panel = scratch.panels[i];
-    panel.vectors = int(blocking.vectors.size(task.first_panel + i));
-    const int64_t columns = panel.vectors * kLanes<T>, count = pixels - first < columns ? pixels - first : columns;
-    panel.run_count = find_runs(a, first, count, panel.runs);
-    panel.piece_count = find_pieces(a, first, count, panel.pieces);
+    const int64_t first = blocking.vectors.begin(task.first_panel + i) * kLanes<T>;
+    const int vectors = int(blocking.vectors.size(task.first_panel + i)), columns = vectors * kLanes<T>;
+    describe_panel(a, first, pixels - first < columns ? int(pixels - first) : columns, vectors, kLanes<T>, scratch.panels[i]);
   }
-  const int64_t panel_size = blocking.depth * GemmTile::kMaxVectors * kLanes<T>;
   for (int64_t chunk = 0; chunk < blocking.chunks.parts; ++chunk) {
     const int64_t c0 = blocking.chunks.begin(chunk), count = blocking.chunks.size(chunk);
     const T* x = static_cast<const T*>(args.x) + (task.g * channels + c0) * a.x.c;
-    for (int64_t i = 0; i < task.panel_count; ++i) {
-      const Panel& panel = scratch.panels[i];
-      pack_pixels(a, x, count, panel.runs, panel.run_count, panel.vectors * kLanes<T>, scratch.pixels + i * panel_size);
-    }
+    pack_pixels(a, x, count, scratch.panels, task.panel_count, blocking.panel_size, scratch.pixels);
     // Rows of the widest tile: every panel of the block meets them while they are in L1.
     const EvenSplit tiles(task.filter_count, GemmTile::rows(GemmTile::kMaxVectors));
     for (int64_t tile = 0; tile < tiles.parts; ++tile) {
@@ -126,8 +119,8 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking& bl
         y[m] = static_cast<T*>(args.y) + (k + m) * a.y.c;
       }
       for (int64_t i = 0; i < task.panel_count; ++i) {
-        const Panel& panel = scratch.panels[i];
-        const TileInput<T> in = {a_rows, w_step, scratch.pixels + i * panel_size, panel.vectors * kLanes<T>, 1, count * plane};
+        const PixelPanel& panel = scratch.panels[i];
+        const TileInput<T> in = {a_rows, w_step, scratch.pixels + i * blocking.panel_size, panel.vectors * kLanes<T>, 1, count * plane};
         const TileOutput<T> out = {y,
                                    panel.pieces,
                                    panel.piece_count,
@@ -151,7 +144,7 @@ int64_t filter_rows_workspace(const Conv2dProblem& problem, const Machine& machi
   const Conv2dProblem a = flatten(problem);
   const Blocking blocking = Blocking::of<T>(a, machine.threads);
   Arena arena(nullptr);
-  const Scratch<T> counted(arena, blocking);
+  const Scratch<T> counted(arena, blocking, a);
   return arena.used() * machine.threads + copy_bytes<T>(a, blocking);
 }
 
@@ -171,12 +164,12 @@ void filter_rows_run(const Conv2dProblem& problem, const Conv2dArgs& args, const
     a.w.g = filters * a.w.k;
   }
   Arena counter(nullptr);
-  const Scratch<T> counted(counter, blocking);
+  const Scratch<T> counted(counter, blocking, a);
 
   const int64_t panels = blocking.vectors.parts, splits = blocking.filter_splits;
   parallel_ranges(context, a.groups * splits * panels, [&](int thread, int64_t begin, int64_t end) {
     Arena arena(scratch_base + thread * counter.used());
-    const Scratch<T> scratch(arena, blocking);
+    const Scratch<T> scratch(arena, blocking, a);
     for (int64_t i = begin; i < end;) {
       const int64_t panel = i % panels, split = i / panels % splits, g = i / panels / splits;
       int64_t count = panels - panel < end - i ? panels - panel : end - i;

@@ -3,7 +3,9 @@
 #include "cpu/blocks/conv2d_geometry.h"
 
 namespace fastconv::FASTCONV_TARGET {
+namespace {
 
+// The pixels as runs within output rows. Returns how many.
 int find_runs(const Conv2dProblem& a, int64_t first, int64_t count, PixelRun* runs) {
   int64_t q = first % a.Q, p = first / a.Q % a.P, n = first / a.Q / a.P;
   int runs_found = 0;
@@ -17,6 +19,7 @@ int find_runs(const Conv2dProblem& a, int64_t first, int64_t count, PixelRun* ru
   return runs_found;
 }
 
+// The pixels as pieces of y. Returns how many.
 int find_pieces(const Conv2dProblem& a, int64_t first, int64_t count, ColumnPiece* pieces) {
   const bool gapless = a.y.h == a.Q * a.y.w;
   const int64_t length = gapless ? a.P * a.Q : a.Q;  // pixels that follow each other y.w apart
@@ -31,46 +34,84 @@ int find_pieces(const Conv2dProblem& a, int64_t first, int64_t count, ColumnPiec
   return found;
 }
 
+// Lanes lo..hi-1 of one vector of pixels, `step` apart in memory.
 template <class T>
-void pack_pixels(const Conv2dProblem& a, const T* x, int64_t channels, const PixelRun* runs, int run_count, int64_t width, T* panel) {
+FC_INLINE vec<T> load_pixels(const T* x, int64_t step, int lo, int hi) {
+  constexpr int kL = kLanes<T>;
+  if (step == 1) return hi - lo == kL ? load(x) : load_range(x, lo, hi);
+  if (step == 2) {
+    vec<T> even, odd;
+    deinterleave(load_range(x, 2 * lo, 2 * hi - 1), load_range(x + kL, 2 * lo - kL, 2 * hi - 1 - kL), even, odd);
+    return even;
+  }
+  vec<T> r = zero<T>();
+  for (int lane = lo; lane < hi; ++lane) r.v[lane] = x[lane * step];
+  return r;
+}
+
+// The fills of all S filter columns. Returns how many each has.
+int find_fills(const Conv2dProblem& a, const PixelRun* runs, int run_count, int lanes, PixelFill* fills) {
+  int found = 0;
+  for (int64_t s = 0; s < a.S; ++s) {
+    const int64_t offset = s * a.dilation_w - a.pad_left;  // of the column that q = 0 reads
+    const Range inside = outputs_inside(a.Q, a.stride_w, offset, a.W);
+    for (int i = 0; i < run_count; ++i) {
+      const PixelRun& run = runs[i];
+      for (int32_t column = run.begin; column < run.end; column += lanes) {
+        const int64_t q = run.q + column - run.begin, last = run.q + run.end - run.begin;
+        const int64_t lo = clamp(inside.begin - q, 0, lanes), hi = clamp((inside.end < last ? inside.end : last) - q, lo, lanes);
+        fills[found++] = {(q * a.stride_w + offset) * a.x.w, column, int16_t(i), int8_t(lo), int8_t(hi)};
+      }
+    }
+  }
+  return found / int(a.S);
+}
+
+}  // namespace
+
+void describe_panel(const Conv2dProblem& a, int64_t first, int columns, int vectors, int lanes, PixelPanel& panel) {
+  PixelRun runs[kMaxColumns];
+  panel.columns = columns;
+  panel.vectors = vectors;
+  panel.run_count = find_runs(a, first, columns, runs);
+  panel.piece_count = find_pieces(a, first, columns, panel.pieces);
+  panel.fill_count = find_fills(a, runs, panel.run_count, lanes, panel.fills);
+  for (int64_t r = 0; r < a.R; ++r) {
+    for (int i = 0; i < panel.run_count; ++i) {
+      const int64_t h = runs[i].p * a.stride_h - a.pad_top + r * a.dilation_h;
+      const bool inside = uint64_t(h) < uint64_t(a.H);
+      panel.row_offsets[r * panel.run_count + i] = inside ? runs[i].n * a.x.n + h * a.x.h : kOutside;
+    }
+  }
+}
+
+template <class T>
+void pack_pixels(const Conv2dProblem& a, const T* x, int64_t channels, const PixelPanel* panels, int64_t panel_count, int64_t panel_size,
+                 T* out) {
   constexpr int kL = kLanes<T>;
   const int64_t step = a.stride_w * a.x.w;
-  const int32_t filled = runs[run_count - 1].end;
   for (int64_t c = 0; c < channels; ++c, x += a.x.c) {
-    for (int64_t r = 0; r < a.R; ++r) {
-      for (int64_t s = 0; s < a.S; ++s, panel += width) {
-        const int64_t offset = s * a.dilation_w - a.pad_left;  // of the column that q = 0 reads
-        const Range inside = outputs_inside(a.Q, a.stride_w, offset, a.W);
-        // Whole vectors are stored from left to right: what spills over a run's end is overwritten by the next one.
-        for (int i = 0; i < run_count; ++i) {
-          const PixelRun& run = runs[i];
-          const int64_t h = run.p * a.stride_h - a.pad_top + r * a.dilation_h;
-          const bool row_inside = uint64_t(h) < uint64_t(a.H);
-          const T* row = x + run.n * a.x.n + h * a.x.h + offset * a.x.w;
-          for (int32_t column = run.begin; column < run.end; column += kL) {
-            vec<T> pixels = zero<T>();
-            if (row_inside) {
-              const int64_t q = run.q + column - run.begin, last = run.q + run.end - run.begin;
-              const int64_t lo = clamp(inside.begin - q, 0, kL), hi = clamp((inside.end < last ? inside.end : last) - q, 0, kL);
-              const T* from = row + q * step;
-              if (step != 1) {
-                for (int64_t lane = lo; lane < hi; ++lane) pixels.v[lane] = from[lane * step];
-              } else if (hi - lo == kL) {
-                pixels = load(from);
-              } else {
-                pixels = load_range(from, int(lo), int(hi));
-              }
-            }
-            store(panel + column, pixels);
+    for (int64_t i = 0; i < panel_count; ++i) {
+      const PixelPanel& panel = panels[i];
+      const int64_t width = int64_t(panel.vectors) * kL;
+      T* row = out + i * panel_size + c * a.R * a.S * width;
+      for (int64_t r = 0; r < a.R; ++r) {
+        const int64_t* row_offsets = panel.row_offsets + r * panel.run_count;
+        const PixelFill* fill = panel.fills;
+        for (int64_t s = 0; s < a.S; ++s, row += width) {
+          // Whole vectors are stored from left to right: what spills over a run's end is overwritten by the next one.
+          for (int f = 0; f < panel.fill_count; ++f, ++fill) {
+            const int64_t offset = row_offsets[fill->run];
+            store(row + fill->column, offset == kOutside ? zero<T>() : load_pixels(x + offset + fill->offset, step, fill->lo, fill->hi));
           }
+          for (int64_t column = panel.columns; column < width; column += kL) store(row + column, zero<T>());
         }
-        for (int64_t column = filled; column < width; column += kL) store(panel + column, zero<T>());
       }
     }
   }
 }
 
-template void pack_pixels(const Conv2dProblem&, const float*, int64_t, const PixelRun*, int, int64_t, float*);
-template void pack_pixels(const Conv2dProblem&, const double*, int64_t, const PixelRun*, int, int64_t, double*);
+template void pack_pixels(const Conv2dProblem&, const float*, int64_t, const PixelPanel*, int64_t, int64_t, float*);
+template void pack_pixels(const Conv2dProblem&, const double*, int64_t, const PixelPanel*, int64_t, int64_t, double*);
 
 }  // namespace fastconv::FASTCONV_TARGET
