@@ -4,6 +4,7 @@
 #include "cpu/blocks/columns.h"
 #include "cpu/blocks/conv2d_geometry.h"
 #include "cpu/blocks/gemm_tile.h"
+#include "cpu/blocks/load_pixels.h"
 #include "cpu/blocks/parallel.h"
 #include "cpu/blocks/split.h"
 
@@ -69,46 +70,102 @@ void pack_rows(const Conv2dProblem& a, const Chunk& chunk, const T* y, int rows,
 
 // --- the columns: x under one tap, as [pixel][width]
 
+// A "tap" is one filter position and its columns are channels, unless a vector of channels would be mostly empty: then a tap is one
+// filter row and its columns are (s, c). A stem of three channels fills 21 of 32 lanes that way, not 3 of 16.
+struct Columns {
+  bool whole_rows;
+  int64_t taps, count;  // columns of one tap
+
+  template <class T>
+  static Columns of(const Conv2dProblem& a) {
+    const int64_t channels = a.C / a.groups;
+    const bool one_run = a.x.c != 1 || (a.x.w == a.C && a.dilation_w == 1 && a.groups == 1);
+    const bool whole_rows = a.S > 1 && channels < kLanes<T> && one_run;
+    return {whole_rows, whole_rows ? a.R : a.R * a.S, whole_rows ? a.S * channels : channels};
+  }
+};
+
+// Columns first .. first+count of tap (r, s), where s is 0 for whole rows.
+struct ColumnPart {
+  bool whole_rows;
+  int64_t r, s, first, count, width;
+};
+
+// One stretch of pixels of channels-last x: a pixel's columns are one run of memory.
 template <class T>
-void pack_columns(const Conv2dProblem& a, const Chunk& chunk, const T* x, int64_t r, int64_t s, int64_t channels, int64_t width, T* panel) {
+void pack_runs(const Conv2dProblem& a, const ColumnPart& part, const T* x_row, int64_t q, int64_t length, const Range* inside, T* to) {
   constexpr int kL = kLanes<T>;
-  const int64_t offset = s * a.dilation_w - a.pad_left;
-  const Range inside = outputs_inside(a.Q, a.stride_w, offset, a.W);
-  for_each_stretch(a, chunk, [&](int64_t n, int64_t p, int64_t q, int64_t length, int64_t before) {
-    T* to = panel + before * width;
-    const int64_t h = p * a.stride_h - a.pad_top + r * a.dilation_h;
-    const bool row_inside = uint64_t(h) < uint64_t(a.H);
-    const int64_t lo = row_inside ? clamp(inside.begin - q, 0, length) : length;
-    const int64_t hi = row_inside ? clamp(inside.end - q, lo, length) : length;
-    for (int64_t i = 0; i < lo * width; i += kL) store(to + i, zero<T>());
-    for (int64_t i = hi * width; i < length * width; i += kL) store(to + i, zero<T>());
-    if (lo == hi) return;
-    const T* from = x + n * a.x.n + h * a.x.h + ((q + lo) * a.stride_w + offset) * a.x.w;
-    to += lo * width;
-    const int64_t step = a.stride_w * a.x.w;
-    for (int64_t c = 0; c < width; c += kL) {
-      const int lanes = channels - c < 0 ? 0 : channels - c < kL ? int(channels - c) : kL;
-      if (a.x.c == 1) {
-        for (int64_t i = 0; i < hi - lo; ++i) {
-          store(to + i * width + c, lanes == kL ? load(from + i * step + c) : load(from + i * step + c, lanes));
-        }
-      } else if (step == 1) {
-        for_each_column(from + c * a.x.c, a.x.c, lanes, hi - lo,
-                        [&](int64_t i, vec<T> column) { store(to + i * width + c, column); });
-      } else {
-        for (int64_t i = 0; i < hi - lo; ++i) store(to + i * width + c, load_strided(from + i * step + c * a.x.c, a.x.c, lanes));
-      }
+  const int64_t step = a.stride_w * a.x.w, channels = a.C / a.groups;
+  const T* from = x_row + (q * a.stride_w - a.pad_left + part.s * a.dilation_w) * a.x.w + part.first;
+  for (int64_t i = 0; i < length; ++i, from += step, to += part.width) {
+    int64_t lo = 0, hi = part.count;
+    if (part.whole_rows) {
+      const int64_t left = (q + i) * a.stride_w - a.pad_left;
+      lo = clamp(-left, 0, a.S) * channels - part.first;
+      hi = clamp(a.W - left, 0, a.S) * channels - part.first;
+      hi = hi < part.count ? hi : part.count;
+    } else if (q + i < inside[part.s].begin || q + i >= inside[part.s].end) {
+      hi = 0;
     }
+    for (int64_t c = 0; c < part.width; c += kL) {
+      store(to + c, lo <= c && c + kL <= hi ? load(from + c) : load_range(from + c, int(clamp(lo - c, 0, kL)), int(clamp(hi - c, 0, kL))));
+    }
+  }
+}
+
+// One stretch of pixels of any other x: a column's pixels are evenly spaced. Blocks of them are transposed in registers.
+template <class T>
+void pack_transposed(const Conv2dProblem& a, const ColumnPart& part, const T* x_row, int64_t q, int64_t length, const Range* inside, T* to) {
+  constexpr int kL = kLanes<T>;
+  const int64_t step = a.stride_w * a.x.w, channels = a.C / a.groups;
+  for (int64_t c = 0; c < part.width; c += kL) {
+    const T* from[kL];  // where each column's pixel q = 0 would be
+    Range pixels[kL];
+    for (int lane = 0; lane < kL; ++lane) {
+      const int64_t column = part.first + c + lane;
+      const int64_t s = part.whole_rows ? column / channels : part.s, channel = part.whole_rows ? column % channels : column;
+      const bool exists = c + lane < part.count;
+      pixels[lane] = exists ? inside[s] : Range{0, 0};
+      from[lane] = exists ? x_row + channel * a.x.c + (s * a.dilation_w - a.pad_left) * a.x.w : x_row;
+    }
+    for (int64_t i = 0; i < length; i += kL) {
+      const int n = length - i < kL ? int(length - i) : kL;
+      vec<T> block[kL];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kL; ++lane) {
+        const int lo = int(clamp(pixels[lane].begin - q - i, 0, n)), hi = int(clamp(pixels[lane].end - q - i, lo, n));
+        block[lane] = load_pixels(from[lane] + (q + i) * step, step, lo, hi);
+      }
+      transpose(block);
+      for (int m = 0; m < n; ++m) store(to + (i + m) * part.width + c, block[m]);
+    }
+  }
+}
+
+template <class T>
+void pack_columns(const Conv2dProblem& a, const Chunk& chunk, const ColumnPart& part, const T* x, const Range* inside, T* panel) {
+  for_each_stretch(a, chunk, [&](int64_t n, int64_t p, int64_t q, int64_t length, int64_t before) {
+    T* to = panel + before * part.width;
+    const int64_t h = p * a.stride_h - a.pad_top + part.r * a.dilation_h;
+    if (uint64_t(h) >= uint64_t(a.H)) {
+      for (int64_t i = 0; i < length * part.width; i += kLanes<T>) store(to + i, zero<T>());
+      return;
+    }
+    const T* x_row = x + n * a.x.n + h * a.x.h;
+    a.x.c == 1 ? pack_runs(a, part, x_row, q, length, inside, to) : pack_transposed(a, part, x_row, q, length, inside, to);
   });
 }
 
 // --- the sums: in w itself where a filter's channels are contiguous, else in [k][tap][c] of the workspace
 
-FC_INLINE bool sums_in_place(const Conv2dProblem& a) { return a.w.c == 1; }
+template <class T>
+bool sums_in_place(const Conv2dProblem& a) {
+  return a.w.c == 1 && (!Columns::of<T>(a).whole_rows || a.w.s == a.C / a.groups);
+}
 
 template <class T>
 int64_t sums_bytes(const Conv2dProblem& a) {
-  return sums_in_place(a) ? 0 : round_up(a.K * a.R * a.S * (a.C / a.groups) * int64_t(sizeof(T)), 64);
+  return sums_in_place<T>(a) ? 0 : round_up(a.K * a.R * a.S * (a.C / a.groups) * int64_t(sizeof(T)), 64);
 }
 
 template <class T>
@@ -135,15 +192,17 @@ void deliver(const Conv2dProblem& a, const T* sums, T* w, const Context& context
 
 // How the sums are shared out: panels of columns first, filters where there are too few panels.
 struct Shares {
-  EvenSplit vectors;    // the channels of a group, in vectors, cut into panels
-  int64_t panels;       // of one group: taps * panels of channels
+  Columns columns;
+  EvenSplit vectors;  // the columns of a tap, in vectors, cut into panels
+  int64_t panels;     // of one group: taps * panels of columns
   int64_t filter_splits;
 
   template <class T>
   static Shares of(const Conv2dProblem& a, int threads) {
-    const EvenSplit vectors((a.C / a.groups + kLanes<T> - 1) / kLanes<T>, GemmTile::kMaxVectors);
-    const int64_t panels = a.R * a.S * vectors.parts, tasks = panels * a.groups;
-    return {vectors, panels, tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads};
+    const Columns columns = Columns::of<T>(a);
+    const EvenSplit vectors((columns.count + kLanes<T> - 1) / kLanes<T>, GemmTile::kMaxVectors);
+    const int64_t panels = columns.taps * vectors.parts, tasks = panels * a.groups;
+    return {columns, vectors, panels, tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads};
   }
 };
 
@@ -151,11 +210,16 @@ template <class T>
 struct Scratch {
   T* rows;     // [tile][pixel][rows of the tile]
   T* columns;  // [pixel][width]
+  Range* inside;  // [S]: the outputs whose input column lies inside
 
   Scratch(Arena& arena, const Conv2dProblem& a, const Chunks& chunks) {
     const int64_t filters = a.K / a.groups < kMaxFilters ? a.K / a.groups : kMaxFilters;
     rows = arena.take<T>(rows_in_place(a) ? 0 : filters * chunks.largest());
     columns = arena.take<T>(chunks.largest() * GemmTile::kMaxVectors * kLanes<T>);
+    inside = arena.take<Range>(a.S);
+    for (int64_t s = 0; inside && s < a.S; ++s) {
+      inside[s] = outputs_inside(a.Q, a.stride_w, s * a.dilation_w - a.pad_left, a.W);
+    }
   }
 };
 
@@ -177,6 +241,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
       // The tiles of all panels have the same rows, so that the packed rows serve them all.
       const EvenSplit tiles(count, GemmTile::rows(GemmTile::kMaxVectors));
       const T* y = static_cast<const T*>(args.y) + (task.g * filters + k_block) * a.y.c;
+      const T* x = static_cast<const T*>(args.x) + task.g * channels * a.x.c;
       if (!rows_in_place(a)) {
         for (int64_t tile = 0; tile < tiles.parts; ++tile) {
           pack_rows(a, chunk, y + tiles.begin(tile) * a.y.c, int(tiles.size(tile)), scratch.rows + tiles.begin(tile) * pixels);
@@ -186,9 +251,9 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
         const int64_t tap = panel / shares.vectors.parts, part = panel % shares.vectors.parts;
         const int vectors = int(shares.vectors.size(part));
         const int64_t c0 = shares.vectors.begin(part) * kLanes<T>, width = vectors * kLanes<T>;
-        const int64_t columns = channels - c0 < width ? channels - c0 : width;
-        const T* x = static_cast<const T*>(args.x) + (task.g * channels + c0) * a.x.c;
-        pack_columns(a, chunk, x, tap / a.S, tap % a.S, columns, width, scratch.columns);
+        const int64_t columns = shares.columns.count - c0 < width ? shares.columns.count - c0 : width;
+        const int64_t r = shares.columns.whole_rows ? tap : tap / a.S, s = shares.columns.whole_rows ? 0 : tap % a.S;
+        pack_columns(a, chunk, {shares.columns.whole_rows, r, s, c0, columns, width}, x, scratch.inside, scratch.columns);
 
         const ColumnPiece piece = {0, int32_t(columns), 0, 1};
         for (int64_t tile = 0; tile < tiles.parts; ++tile) {
@@ -197,7 +262,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
           T* w[GemmTile::kMaxRows];
           for (int m = 0; m < rows; ++m) {
             const int64_t k = k_block + tiles.begin(tile) + m;
-            w[m] = sums + task.g * step.g + k * step.k + c0 + tap / a.S * step.r + tap % a.S * step.s;
+            w[m] = sums + task.g * step.g + k * step.k + c0 + r * step.r + s * step.s;
             if (rows_in_place(a)) {
               for (int64_t n = 0; n < chunk.samples; ++n) {
                 a_rows[n * rows + m] = y + (tiles.begin(tile) + m) * a.y.c + (chunk.n + n) * a.y.n + chunk.first;
@@ -232,9 +297,9 @@ void filter_gradient_run(const Conv2dProblem& a, const Conv2dArgs& args, const C
   const Shares shares = Shares::of<T>(a, context.machine->threads);
   const int64_t filters = a.K / a.groups, channels = a.C / a.groups, plane = a.R * a.S;
   T* w = static_cast<T*>(args.w);
-  T* sums = sums_in_place(a) ? w : static_cast<T*>(context.workspace);
+  T* sums = sums_in_place<T>(a) ? w : static_cast<T*>(context.workspace);
   const WeightStride step =
-      sums_in_place(a) ? a.w : WeightStride{filters * plane * channels, plane * channels, 1, a.S * channels, channels};
+      sums_in_place<T>(a) ? a.w : WeightStride{filters * plane * channels, plane * channels, 1, a.S * channels, channels};
   char* scratch_base = static_cast<char*>(context.workspace) + sums_bytes<T>(a);
   Arena counter(nullptr);
   const Scratch<T> counted(counter, a, chunks);
@@ -251,14 +316,15 @@ void filter_gradient_run(const Conv2dProblem& a, const Conv2dArgs& args, const C
       i += last - panel;
     }
   });
-  if (!sums_in_place(a)) deliver(a, sums, w, context);
+  if (!sums_in_place<T>(a)) deliver(a, sums, w, context);
   if (a.epilogue.bias) bias_gradient<T>(a, args, context);
 }
 
 template <class T>
 double filter_gradient_efficiency(const Conv2dProblem& a) {
-  const double channels = double(a.C / a.groups), filters = double(a.K / a.groups);
-  const double lanes = channels / double(round_up(a.C / a.groups, kLanes<T>));
+  const double filters = double(a.K / a.groups);
+  const int64_t columns = Columns::of<T>(a).count;
+  const double lanes = double(columns) / double(round_up(columns, kLanes<T>));
   const double pixels = double(Chunks(a).largest());
   const double start = pixels / (pixels + 12);   // a tile's prologue and stores take about as long as twelve steps
   const double pack = a.x.c == 1 ? 4 : 12;       // a packed pixel costs as much as its use by so many filters

@@ -1,5 +1,6 @@
 #include "cpu/blocks/filter_rows.h"
 
+#include "cpu/blocks/columns.h"
 #include "cpu/blocks/conv2d_geometry.h"
 #include "cpu/blocks/gemm_tile.h"
 #include "cpu/blocks/parallel.h"
@@ -33,7 +34,7 @@ struct Blocking {
   int64_t panel_size;  // elements of a packed panel, and the vector that pack_pixels may spill behind it
   int64_t panels_per_block;
   int64_t filter_splits;
-  bool in_place;  // a filter's channels and taps are one run, or a 1x1 filter's channels are evenly spaced
+  bool in_place;  // a filter's channels and taps are one run of memory
 
   template <class T>
   static Blocking of(const Conv2dProblem& a, int threads) {
@@ -44,7 +45,7 @@ struct Blocking {
     const int64_t bytes = depth * GemmTile::kMaxVectors * kLanes<T> * int64_t(sizeof(T));
     const int64_t panels = clamp(kMaxPanelBytes / bytes, 1, vectors.parts);
     const int64_t tasks = vectors.parts * a.groups;
-    const bool in_place = plane == 1 || (a.w.s == 1 && a.w.r == a.S && a.w.c == plane);
+    const bool in_place = a.w.c == plane && (plane == 1 || (a.w.s == 1 && a.w.r == a.S));
     return {chunks, vectors, depth, (depth * GemmTile::kMaxVectors + 1) * kLanes<T>, panels, tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads, in_place};
   }
 };
@@ -70,14 +71,29 @@ struct Scratch {
 // Filters that are not one run each (the input gradient reads them across) are copied once, for all threads: [k][c][r][s].
 template <class T>
 void copy_filters(const Conv2dProblem& a, const T* w, T* copy, const Context& context) {
-  const int64_t channels = a.C / a.groups, filters = a.K / a.groups;
-  parallel_ranges(context, a.K, [&](int, int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const T* from = w + k / filters * a.w.g + k % filters * a.w.k;
-      T* to = copy + k * channels * a.R * a.S;
+  constexpr int kL = kLanes<T>;
+  const int64_t channels = a.C / a.groups, filters = a.K / a.groups, plane = a.R * a.S;
+  const EvenSplit blocks(filters, kL);
+  parallel_ranges(context, a.groups * blocks.parts, [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / blocks.parts, k0 = blocks.begin(i % blocks.parts), count = blocks.size(i % blocks.parts);
+      const T* from = w + g * a.w.g + k0 * a.w.k;
+      T* to = copy + (g * filters + k0) * channels * plane;
+      if (plane == 1 && a.w.k == 1) {  // a transposition
+        for (int64_t c = 0; c < channels; c += kL) {
+          const int lanes = channels - c < kL ? int(channels - c) : kL;
+          for_each_column(from + c * a.w.c, a.w.c, lanes, count, [&](int64_t k, vec<T> row) { store(to + k * channels + c, row, lanes); });
+        }
+        continue;
+      }
+      // Filters innermost: they are neighbours in the memory that is read.
       for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t r = 0; r < a.R; ++r) {
-          for (int64_t s = 0; s < a.S; ++s) *to++ = from[c * a.w.c + r * a.w.r + s * a.w.s];
+        for (int64_t k = 0; k < count; ++k) {
+          const T* tap = from + c * a.w.c + k * a.w.k;
+          T* out = to + (k * channels + c) * plane;
+          for (int64_t r = 0; r < a.R; ++r) {
+            for (int64_t s = 0; s < a.S; ++s) *out++ = tap[r * a.w.r + s * a.w.s];
+          }
         }
       }
     }
@@ -95,8 +111,7 @@ struct Task {
 };
 
 template <class T>
-void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking& blocking, const Task& task, const T* w, int64_t w_step,
-              const Scratch<T>& scratch) {
+void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking& blocking, const Task& task, const T* w, const Scratch<T>& scratch) {
   const int64_t filters = a.K / a.groups, channels = a.C / a.groups, plane = a.R * a.S, pixels = a.N * a.P * a.Q;
   for (int64_t i = 0; i < task.panel_count; ++i) {
     const int64_t first = blocking.vectors.begin(task.first_panel + i) * kLanes<T>;
@@ -115,12 +130,12 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking& bl
       const T* a_rows[GemmTile::kMaxRows];
       T* y[GemmTile::kMaxRows];
       for (int m = 0; m < rows; ++m) {
-        a_rows[m] = w + task.g * a.w.g + (k_in_group + m) * a.w.k + c0 * plane * w_step;
+        a_rows[m] = w + task.g * a.w.g + (k_in_group + m) * a.w.k + c0 * plane;
         y[m] = static_cast<T*>(args.y) + (k + m) * a.y.c;
       }
       for (int64_t i = 0; i < task.panel_count; ++i) {
         const PixelPanel& panel = scratch.panels[i];
-        const TileInput<T> in = {a_rows, w_step, scratch.pixels + i * blocking.panel_size, panel.vectors * kLanes<T>, 1, count * plane};
+        const TileInput<T> in = {a_rows, 1, scratch.pixels + i * blocking.panel_size, panel.vectors * kLanes<T>, 1, count * plane};
         const TileOutput<T> out = {y,
                                    panel.pieces,
                                    panel.piece_count,
@@ -155,11 +170,9 @@ void filter_rows_run(const Conv2dProblem& problem, const Conv2dArgs& args, const
   const int64_t filters = a.K / a.groups;
   char* scratch_base = static_cast<char*>(context.workspace) + copy_bytes<T>(a, blocking);
   const T* w = static_cast<const T*>(args.w);
-  int64_t w_step = a.R * a.S == 1 ? a.w.c : 1;
   if (!blocking.in_place) {
     copy_filters(a, w, static_cast<T*>(context.workspace), context);
     w = static_cast<const T*>(context.workspace);
-    w_step = 1;
     a.w.k = a.C / a.groups * a.R * a.S;
     a.w.g = filters * a.w.k;
   }
@@ -175,7 +188,7 @@ void filter_rows_run(const Conv2dProblem& problem, const Conv2dArgs& args, const
       int64_t count = panels - panel < end - i ? panels - panel : end - i;
       if (count > blocking.panels_per_block) count = blocking.panels_per_block;
       const int64_t k0 = filters * split / splits, k1 = filters * (split + 1) / splits;
-      if (k0 < k1) run_task(a, args, blocking, {g, panel, count, k0, k1 - k0}, w, w_step, scratch);
+      if (k0 < k1) run_task(a, args, blocking, {g, panel, count, k0, k1 - k0}, w, scratch);
       i += count;
     }
   });

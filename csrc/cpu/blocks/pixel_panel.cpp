@@ -1,6 +1,7 @@
 #include "cpu/blocks/pixel_panel.h"
 
 #include "cpu/blocks/conv2d_geometry.h"
+#include "cpu/blocks/load_pixels.h"
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
@@ -32,21 +33,6 @@ int find_pieces(const Conv2dProblem& a, int64_t first, int64_t count, ColumnPiec
     pixel += size;
   }
   return found;
-}
-
-// Lanes lo..hi-1 of one vector of pixels, `step` apart in memory.
-template <class T>
-FC_INLINE vec<T> load_pixels(const T* x, int64_t step, int lo, int hi) {
-  constexpr int kL = kLanes<T>;
-  if (step == 1) return hi - lo == kL ? load(x) : load_range(x, lo, hi);
-  if (step == 2) {
-    vec<T> even, odd;
-    deinterleave(load_range(x, 2 * lo, 2 * hi - 1), load_range(x + kL, 2 * lo - kL, 2 * hi - 1 - kL), even, odd);
-    return even;
-  }
-  vec<T> r = zero<T>();
-  for (int lane = lo; lane < hi; ++lane) r.v[lane] = x[lane * step];
-  return r;
 }
 
 // The fills of all S filter columns. Returns how many each has.
