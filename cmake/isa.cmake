@@ -8,7 +8,7 @@ function(fastconv_add_isa target flags)
   # No -ffast-math: it links crtfastmath.o, which turns on flush-to-zero in the user's whole process. These are the safe parts of it.
   target_compile_options(
     fastconv_cpu_${target}
-    PRIVATE -O3
+    PRIVATE $<IF:$<BOOL:${FASTCONV_SANITIZE}>,-O1,-O3>
             -Wall
             -Wextra
             -fno-exceptions

@@ -17,6 +17,16 @@ constexpr int64_t kMaxPixels = 512;
 // Filters whose packed pixels are kept at a time: 512 x 256 floats are 512 KB, half of an L2.
 constexpr int64_t kMaxFilters = 256;
 
+// Linear's rows are images of one pixel: as one image of many pixels they are walked without a step between samples.
+Conv2dProblem flatten(Conv2dProblem a) {
+  if (a.R * a.S == 1 && a.H * a.W == 1 && a.P * a.Q == 1 && a.pad_top == 0 && a.pad_left == 0) {
+    a.x.w = a.x.n, a.y.w = a.y.n;
+    a.W = a.Q = a.N;
+    a.N = a.stride_w = 1;
+  }
+  return a;
+}
+
 // The pixels of one chunk: `pixels` of the flat P*Q plane from `first` on, of `samples` samples from n on.
 struct Chunk {
   int64_t n, samples, first, pixels;
@@ -208,14 +218,16 @@ struct Shares {
 
 template <class T>
 struct Scratch {
-  T* rows;     // [tile][pixel][rows of the tile]
-  T* columns;  // [pixel][width]
-  Range* inside;  // [S]: the outputs whose input column lies inside
+  T* rows;             // [tile][pixel][rows of the tile]
+  T* columns;          // [pixel][width]
+  const T** pointers;  // [samples of a chunk][rows of the tile]
+  Range* inside;       // [S]: the outputs whose input column lies inside
 
   Scratch(Arena& arena, const Conv2dProblem& a, const Chunks& chunks) {
     const int64_t filters = a.K / a.groups < kMaxFilters ? a.K / a.groups : kMaxFilters;
     rows = arena.take<T>(rows_in_place(a) ? 0 : filters * chunks.largest());
     columns = arena.take<T>(chunks.largest() * GemmTile::kMaxVectors * kLanes<T>);
+    pointers = arena.take<const T*>(chunks.samples.largest() * GemmTile::kMaxRows);
     inside = arena.take<Range>(a.S);
     for (int64_t s = 0; inside && s < a.S; ++s) {
       inside[s] = outputs_inside(a.Q, a.stride_w, s * a.dilation_w - a.pad_left, a.W);
@@ -239,7 +251,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
       const Chunk chunk = chunks.at(i);
       const int64_t pixels = chunk.samples * chunk.pixels;
       // The tiles of all panels have the same rows, so that the packed rows serve them all.
-      const EvenSplit tiles(count, GemmTile::rows(GemmTile::kMaxVectors));
+      const EvenSplit tiles(count, GemmTile::rows(int(shares.vectors.largest())));
       const T* y = static_cast<const T*>(args.y) + (task.g * filters + k_block) * a.y.c;
       const T* x = static_cast<const T*>(args.x) + task.g * channels * a.x.c;
       if (!rows_in_place(a)) {
@@ -258,7 +270,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
         const ColumnPiece piece = {0, int32_t(columns), 0, 1};
         for (int64_t tile = 0; tile < tiles.parts; ++tile) {
           const int rows = int(tiles.size(tile));
-          const T* a_rows[kMaxPixels * GemmTile::rows(GemmTile::kMaxVectors)];
+          const T** a_rows = scratch.pointers;
           T* w[GemmTile::kMaxRows];
           for (int m = 0; m < rows; ++m) {
             const int64_t k = k_block + tiles.begin(tile) + m;
@@ -285,14 +297,16 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
 }  // namespace
 
 template <class T>
-int64_t filter_gradient_workspace(const Conv2dProblem& a, const Machine& machine) {
+int64_t filter_gradient_workspace(const Conv2dProblem& problem, const Machine& machine) {
+  const Conv2dProblem a = flatten(problem);
   Arena arena(nullptr);
   const Scratch<T> counted(arena, a, Chunks(a));
   return arena.used() * machine.threads + sums_bytes<T>(a);
 }
 
 template <class T>
-void filter_gradient_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+void filter_gradient_run(const Conv2dProblem& problem, const Conv2dArgs& args, const Context& context) {
+  const Conv2dProblem a = flatten(problem);
   const Chunks chunks(a);
   const Shares shares = Shares::of<T>(a, context.machine->threads);
   const int64_t filters = a.K / a.groups, channels = a.C / a.groups, plane = a.R * a.S;
@@ -321,7 +335,8 @@ void filter_gradient_run(const Conv2dProblem& a, const Conv2dArgs& args, const C
 }
 
 template <class T>
-double filter_gradient_efficiency(const Conv2dProblem& a) {
+double filter_gradient_efficiency(const Conv2dProblem& problem) {
+  const Conv2dProblem a = flatten(problem);
   const double filters = double(a.K / a.groups);
   const int64_t columns = Columns::of<T>(a).count;
   const double lanes = double(columns) / double(round_up(columns, kLanes<T>));

@@ -25,7 +25,12 @@ bool find_plane(const FilterSource<T>& source, Plane& plane) {
   plane.span = greatest - least + 1;
   if (plane.span > kMaxPlane) return false;
   for (int64_t i = 0; i < plane.span; ++i) plane.tap_at[i] = -1;
-  for (int64_t t = 0; t < source.taps; ++t) plane.tap_at[source.t_offset[t] - least] = int16_t(t);
+  for (int64_t t = 0; t < source.taps; ++t) {
+    int16_t& tap = plane.tap_at[source.t_offset[t] - least];
+    // An expanded filter has several taps in one place, and the table room for one.
+    if (tap >= 0) return false;
+    tap = int16_t(t);
+  }
   return true;
 }
 

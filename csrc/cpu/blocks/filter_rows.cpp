@@ -200,8 +200,9 @@ double filter_rows_efficiency(const Conv2dProblem& a) {
   const double depth = double(a.R) * double(a.S) * double(a.C / a.groups);
   const double lanes = pixels / double(round_up(int64_t(pixels), kLanes<T>));
   const double start = depth / (depth + 12);  // a tile's prologue and stores take about as long as twelve steps
-  // A packed pixel costs as much as its use by three filters, eight where it has to be gathered.
-  const double pack = a.x.w * a.stride_w == 1 ? 3 : 8;
+  // A packed vector of pixels costs as much as its use by ten filters, and by fifty where it has to be gathered lane by lane.
+  const int64_t step = a.stride_w * a.x.w;
+  const double pack = step == 1 ? 10 : step == 2 ? 15 : 50;
   const double scatter = a.y.w == 1 ? 1 : depth / (depth + 60);
   return 0.9 * lanes * start * filters / (filters + pack) * scatter;
 }
