@@ -1,0 +1,91 @@
+"""The compiled module: plain data in, kernels run on addresses. Load it through `fastconv._native.load()`."""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+class KernelInfo:
+    name: str
+    op: str
+    algorithm: str
+    dtype: str
+    target: str
+    runnable: bool
+    why_not: str
+    error_growth: float
+
+class Conv2dProblem:
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        N: int,
+        C: int,
+        H: int,
+        W: int,
+        K: int,
+        R: int,
+        S: int,
+        P: int,
+        Q: int,
+        groups: int,
+        stride: Sequence[int],
+        pad: Sequence[int],
+        dilation: Sequence[int],
+        x: Sequence[int],
+        w: Sequence[int],
+        y: Sequence[int],
+        bias: bool = False,
+        residual: bool = False,
+        activation: str = "none",
+    ) -> None: ...
+
+class Pool2dProblem:
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        N: int,
+        C: int,
+        H: int,
+        W: int,
+        P: int,
+        Q: int,
+        R: int,
+        S: int,
+        stride: Sequence[int],
+        pad: Sequence[int],
+        dilation: Sequence[int],
+        x: Sequence[int],
+        y: Sequence[int],
+        divisor_override: int = 0,
+        count_include_pad: bool = True,
+        adaptive: bool = False,
+    ) -> None: ...
+
+class Plan:
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def workspace(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    def run_conv2d(self, x: int, w: int, bias: int, residual: int, y: int, workspace: int) -> None: ...
+    def run_pool2d(self, x: int, y: int, indices: int, workspace: int) -> None: ...
+
+def kernels() -> list[KernelInfo]: ...
+def machine() -> dict[str, Any]: ...
+def build() -> dict[str, Any]: ...
+def set_isa_limit(name: str) -> None: ...
+def fma_peak(target: str, dtype: str, threads: int, seconds: float) -> float: ...
+@overload
+def plan(op: str, problem: Conv2dProblem, threads: int, force: str = "", strict: bool = False) -> Plan: ...
+@overload
+def plan(op: str, problem: Pool2dProblem, threads: int, force: str = "", strict: bool = False) -> Plan: ...
+@overload
+def explain(
+    op: str, problem: Conv2dProblem, threads: int, force: str = "", strict: bool = False
+) -> list[tuple[str, str, float]]: ...
+@overload
+def explain(
+    op: str, problem: Pool2dProblem, threads: int, force: str = "", strict: bool = False
+) -> list[tuple[str, str, float]]: ...

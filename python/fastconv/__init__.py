@@ -1,0 +1,82 @@
+"""Convolution, pooling and linear layers for PyTorch on kernels of our own.
+
+    import fastconv
+    y = fastconv.functional.conv2d(x, w, padding=1)     # torch.nn.functional's signatures
+    model = fastconv.convert(model)                     # swaps the layers of a torch.nn model
+
+Importing this costs nothing: torch and the compiled module are loaded at the first use of a name below.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import _C, _native, functional, models, nn, numpy, plan, reference, testing
+    from .control import build_info, explain, kernels, set_accuracy, use
+    from .convert import convert, revert
+    from .fallback import FallbackWarning, fallback_counts, set_fallback
+    from .plan import observe
+
+    __version__: str
+
+# Where each name lives; a submodule lives in itself.
+_HOMES = {
+    "FallbackWarning": "fallback",
+    "build_info": "control",
+    "convert": "convert",
+    "explain": "control",
+    "fallback_counts": "fallback",
+    "kernels": "control",
+    "observe": "plan",
+    "revert": "convert",
+    "set_accuracy": "control",
+    "set_fallback": "fallback",
+    "use": "control",
+}
+_SUBMODULES = ("_native", "functional", "models", "nn", "numpy", "plan", "reference", "testing")
+
+__all__ = [
+    "FallbackWarning",
+    "__version__",
+    "build_info",
+    "convert",
+    "explain",
+    "fallback_counts",
+    "functional",
+    "kernels",
+    "models",
+    "nn",
+    "numpy",
+    "observe",
+    "revert",
+    "set_accuracy",
+    "set_fallback",
+    "use",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            value: Any = importlib.metadata.version("fastconv")
+        except importlib.metadata.PackageNotFoundError:
+            value = "0+not.installed"
+    elif name == "_C":
+        from ._native import load
+
+        value = load()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"fastconv.{_HOMES[name]}"), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"fastconv.{name}")
+    else:
+        raise AttributeError(f"module 'fastconv' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,399 @@
+"""What is timed: one problem with its inputs, its calls on fastconv and on torch, and the truth to check both against.
+
+A case is one pass (forward or a gradient) of one op at one shape. Calls take a layout, ``nchw`` or ``nhwc`` (torch's
+contiguous and channels_last), and return closures that hold their inputs, so that nothing but the op itself is inside
+the timed region.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastconv.functional
+from fastconv.bench.shapes import LinearShape, Shape, short
+from fastconv.testing.problems import ConvCase, PoolCase
+
+MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+DTYPES = {"f32": torch.float32, "f64": torch.float64}
+POOLS = ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d")
+PASSES = dict.fromkeys(("conv2d", "linear"), ("fwd", "dgrad", "wgrad")) | dict.fromkeys(POOLS, ("fwd", "bwd"))
+"""Public op to the passes it can be timed in."""
+
+# Work spent on one float64 truth: at the 20 to 40 GFLOP/s of torch's float64 convolution, a tenth to a fifth of a
+# second.
+_VERIFIED_FLOPS = 4e9
+
+Call = Callable[[], Any]
+
+
+@dataclass
+class Case(ABC):
+    """One pass of one public op.
+
+    ``labels`` are the layers of a model that ask for it, empty for a shape typed by hand. ``records_gradient``: the
+    forward is timed while autograd records it. ``repeatable``: two calls give the same bits (a training step changes
+    the weights).
+    """
+
+    op: str
+    direction: str
+    dtype: str = "f32"
+    seed: int = 0
+    labels: list[str] = field(default_factory=list)
+    records_gradient: bool = False
+    repeatable: bool = True
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The shape string."""
+
+    @property
+    @abstractmethod
+    def family(self) -> str:
+        """Group of the summary it counts for."""
+
+    @property
+    @abstractmethod
+    def kernel_ops(self) -> tuple[str, ...]:
+        """The ops of ``kernels.def`` that run inside, and whose kernels are forced for this case."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> float:
+        """Operations of the direct algorithm, taps on padding included; 0 where bytes are what counts."""
+
+    @property
+    @abstractmethod
+    def moved(self) -> int:
+        """Bytes that must be read and written at least once; 0 if unknown."""
+
+    @property
+    @abstractmethod
+    def error_bound(self) -> float:
+        """Largest relative L2 error against float64 that rounding explains, at an algorithm with error_growth 1."""
+
+    @abstractmethod
+    def fastconv_call(self, layout: str) -> Call: ...
+
+    @abstractmethod
+    def torch_call(self, layout: str) -> Call: ...
+
+    def compiled_call(self, layout: str) -> Call:
+        """torch.compile's contestant. NotImplementedError where there is nothing to compile."""
+        raise NotImplementedError(f"torch.compile is not timed on {self.op} {self.direction}")
+
+    @cached_property
+    @abstractmethod
+    def truth(self) -> Tensor:
+        """The checked part of the result in float64."""
+
+    def checked(self, call: Call) -> Tensor:
+        """Runs a contestant's call and returns the part of its result that ``truth`` covers."""
+        out: Tensor = call()
+        return out
+
+    def allowed_error(self, torch_errors: Sequence[float]) -> float:
+        """The bound beside contestants of torch's that have these relative L2 errors; there may be none."""
+        return self.error_bound
+
+    # How far the largest error, in units of the truth's root mean square, may be above the bound of the L2 error: a single
+    # wrong element must not hide among a million right ones, whose largest is 5 if they are normal.
+    max_over_l2: ClassVar[float] = 20.0
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return tuple(MEMORY_FORMATS)
+
+    @property
+    def count(self) -> int:
+        """How often a model runs this case; 1 for a shape typed by hand."""
+        return max(1, len(self.labels))
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    def _random(self, *size: int, scale: float = 1.0, key: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 8 + key)
+        return torch.randn(*size, generator=generator, dtype=torch.float64).mul_(scale).to(DTYPES[self.dtype])
+
+    def _sum_bound(self, terms: int) -> float:
+        """Rounding of a plain sum of random terms walks to 0.2·eps·√terms of the sum; five times that is a fault."""
+        return float(torch.finfo(DTYPES[self.dtype]).eps) * (2 + math.sqrt(terms))
+
+
+@dataclass
+class Layer(Case):
+    """A case with one problem and inputs drawn for it."""
+
+    problem: Any = field(kw_only=True)
+
+    @property
+    def name(self) -> str:
+        return short(self.problem)
+
+    @abstractmethod
+    def _inputs(self, layout: str) -> tuple[Any, ...]: ...
+
+    @abstractmethod
+    def _call(self, functional: Any, *inputs: Any) -> Call: ...
+
+    def fastconv_call(self, layout: str) -> Call:
+        return self._call(fastconv.functional, *self._inputs(layout))
+
+    def torch_call(self, layout: str) -> Call:
+        return self._call(F, *self._inputs(layout))
+
+    def compiled_call(self, layout: str) -> Call:
+        if self.direction != "fwd":
+            return super().compiled_call(layout)
+        call: Call = torch.compile(self.torch_call(layout))
+        return call
+
+
+def gradient_call(forward: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Call:
+    """The gradient for ``x`` alone, through autograd, of a forward that is run once, here."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        y = forward(leaf)
+    return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
+
+
+@dataclass
+class Conv(Layer):
+    problem: ConvCase = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._geometry = [list(v) for v in (self.problem.stride, self.problem.pad4, self.problem.dilation)]
+        self._symmetric = self.problem.pad4[::2] == self.problem.pad4[1::2]
+
+    @property
+    def family(self) -> str:
+        p = self.problem
+        strided = "" if p.stride == (1, 1) else " strided"
+        if p.groups > 1:
+            return ("depthwise" if p.groups == p.C else "grouped") + strided
+        return f"{p.R}×{p.S}{strided}"
+
+    @property
+    def kernel_ops(self) -> tuple[str, ...]:
+        return (f"conv2d_{self.direction}",)
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * math.prod(self.problem.y_shape) * self.problem.terms("conv2d_fwd")
+
+    @property
+    def moved(self) -> int:
+        p = self.problem
+        return sum(math.prod(shape) for shape in (p.x_shape, p.w_shape, p.y_shape)) * self.itemsize
+
+    @property
+    def error_bound(self) -> float:
+        return self._sum_bound(self.problem.terms(f"conv2d_{self.direction}"))
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        p = self.problem
+        x = self._random(*p.x_shape, key=1)
+        w = self._random(*p.w_shape, scale=p.terms("conv2d_fwd") ** -0.5, key=2)
+        return x, w, self._random(*p.y_shape, key=3)
+
+    @cached_property
+    def _bias(self) -> Tensor | None:
+        return self._random(self.problem.K, key=4) if self.problem.bias else None
+
+    def _inputs(self, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        x, w, dy = (t.clone(memory_format=MEMORY_FORMATS[layout]) for t in self._tensors)
+        return x, w.requires_grad_(self.records_gradient), dy, self._bias
+
+    def fastconv_call(self, layout: str) -> Call:
+        p, (x, w, dy, bias) = self.problem, self._inputs(layout)
+        ops, channels_last, geometry = torch.ops.fastconv, layout == "nhwc", (*self._geometry, p.groups)
+        if self.direction == "dgrad":
+            return lambda: ops.conv2d_dgrad(dy, w, None, x.shape, channels_last, *geometry)
+        if self.direction == "wgrad":
+            return lambda: ops.conv2d_wgrad(dy, x, w.shape, channels_last, False, *geometry)[0]
+        if not self._symmetric:
+            return lambda: ops.conv2d_fwd(x, w, bias, None, *geometry, "none")
+        return super().fastconv_call(layout)
+
+    def _call(self, functional: Any, x: Tensor, w: Tensor, dy: Tensor, bias: Tensor | None) -> Call:
+        """Either library's public forward, and torch's gradients. torch has no four-sided padding: it pads a copy."""
+        p, dgrad = self.problem, self.direction == "dgrad"
+        padding = p.pad4[::2] if self._symmetric else (0, 0)
+        top, bottom, left, right = p.pad4
+
+        def forward(x: Tensor, w: Tensor) -> Tensor:
+            x = x if self._symmetric else F.pad(x, (left, right, top, bottom))
+            y: Tensor = functional.conv2d(x, w, bias, p.stride, padding, p.dilation, p.groups)
+            return y
+
+        if self.direction == "fwd":
+            return lambda: forward(x, w)
+        if not self._symmetric:
+            return (
+                gradient_call(lambda t: forward(t, w), x, dy)
+                if dgrad
+                else gradient_call(lambda t: forward(x, t), w, dy)
+            )
+        backward, stride, dilation = torch.ops.aten.convolution_backward, self._geometry[0], self._geometry[2]
+        rest = (stride, list(padding), dilation, False, [0, 0], p.groups, [dgrad, not dgrad, False])
+        which = 0 if dgrad else 1
+        return lambda: backward(dy, x, w, None, *rest)[which]
+
+    @cached_property
+    def _part(self) -> list[int]:
+        """The checked samples (fwd, dgrad) or filters (wgrad): first, last and what time allows between."""
+        whole = self.problem.K if self.direction == "wgrad" else self.problem.N
+        affordable = max(2, int(_VERIFIED_FLOPS / (self.flops / whole)))
+        if whole <= affordable or (self.direction == "wgrad" and self.problem.groups > 1):
+            return list(range(whole))
+        return sorted({round(i * (whole - 1) / (affordable - 1)) for i in range(affordable)})
+
+    def checked(self, call: Call) -> Tensor:
+        out: Tensor = call()
+        return out[self._part]
+
+    @cached_property
+    def truth(self) -> Tensor:
+        x, w, dy = (t.double() for t in self._tensors)
+        if self.direction != "wgrad":
+            x, dy = x[self._part], dy[self._part]
+        elif self.problem.groups == 1:
+            w, dy = w[self._part], dy[:, self._part]
+        out: Tensor = self._call(F, x, w, dy, None if self._bias is None else self._bias.double())()
+        return out
+
+
+@dataclass
+class Pool(Layer):
+    problem: PoolCase = field(kw_only=True)
+
+    @property
+    def family(self) -> str:
+        return self.op.removesuffix("2d").replace("_", " ")
+
+    @property
+    def kernel_ops(self) -> tuple[str, ...]:
+        return (f"{self.op.removeprefix('adaptive_')}_{self.direction}",)
+
+    @property
+    def flops(self) -> float:
+        return 0.0
+
+    @property
+    def moved(self) -> int:
+        x, y = math.prod(self.problem.x_shape), math.prod(self.problem.y_shape)
+        indices = 8 * y if self.kernel_ops == ("max_pool2d_bwd",) else 0
+        return (x + y) * self.itemsize + indices
+
+    @property
+    def error_bound(self) -> float:
+        """A maximum is exact; everything else here is a short sum."""
+        if self.kernel_ops == ("max_pool2d_fwd",):
+            return 0.0
+        p = self.problem
+        return self._sum_bound(p.R * p.S if p.adaptive is None else -(-p.H // p.P) * -(-p.W // p.Q))
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        return self._random(*self.problem.x_shape, key=1), self._random(*self.problem.y_shape, key=2)
+
+    def _call(self, functional: Any, x: Tensor, dy: Tensor) -> Call:
+        p, function = self.problem, getattr(functional, self.op)
+        args: tuple[Any, ...] = (p.adaptive,)
+        if p.adaptive is None:
+            args = ((p.R, p.S), p.stride, p.pad4[::2])
+            args += (p.dilation, p.ceil) if self.op == "max_pool2d" else (p.ceil, p.include_pad, p.divisor or None)
+        if self.direction == "bwd":
+            return gradient_call(lambda t: function(t, *args), x, dy)
+        return lambda: function(x, *args)
+
+    def _inputs(self, layout: str) -> tuple[Tensor, Tensor]:
+        x, dy = (t.clone(memory_format=MEMORY_FORMATS[layout]) for t in self._tensors)
+        return x.requires_grad_(self.records_gradient), dy
+
+    @cached_property
+    def truth(self) -> Tensor:
+        x, dy = (t.double() for t in self._tensors)
+        out: Tensor = self._call(F, x, dy)()
+        return out
+
+
+@dataclass
+class Linear(Layer):
+    """A Linear has one layout, which is called nchw here because its torch contestant is the plain one."""
+
+    problem: LinearShape = field(kw_only=True)
+
+    @property
+    def family(self) -> str:
+        return "linear"
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return ("nchw",)
+
+    @property
+    def kernel_ops(self) -> tuple[str, ...]:
+        return (f"conv2d_{self.direction}",)
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.problem.m * self.problem.i * self.problem.o
+
+    @property
+    def moved(self) -> int:
+        m, i, o = self.problem.m, self.problem.i, self.problem.o
+        return (m * i + i * o + m * o) * self.itemsize
+
+    @property
+    def error_bound(self) -> float:
+        return self._sum_bound(
+            {"fwd": self.problem.i, "dgrad": self.problem.o, "wgrad": self.problem.m}[self.direction]
+        )
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        m, i, o = self.problem.m, self.problem.i, self.problem.o
+        return (self._random(m, i, key=1), self._random(o, i, scale=i**-0.5, key=2), self._random(m, o, key=3))
+
+    def _call(self, functional: Any, x: Tensor, w: Tensor, dy: Tensor) -> Call:
+        linear = functional.linear
+        if self.direction == "dgrad":
+            return gradient_call(lambda t: linear(t, w), x, dy)
+        if self.direction == "wgrad":
+            return gradient_call(lambda t: linear(x, t), w, dy)
+        return lambda: linear(x, w)
+
+    def _inputs(self, layout: str) -> tuple[Tensor, ...]:
+        x, w, dy = self._tensors
+        return x, w.clone().requires_grad_(self.records_gradient), dy
+
+    @cached_property
+    def truth(self) -> Tensor:
+        x, w, dy = (t.double() for t in self._tensors)
+        out: Tensor = self._call(F, x, w, dy)()
+        return out
+
+
+def make(op: str, shape: Shape, direction: str, **common: Any) -> Case:
+    """The case of a public op. ValueError if the op has no such pass."""
+    if direction not in PASSES[op]:
+        raise ValueError(f"{op} has the passes {', '.join(PASSES[op])}, got {direction!r}")
+    if isinstance(shape, ConvCase):
+        return Conv(op, direction, **common, problem=shape)
+    if isinstance(shape, PoolCase):
+        return Pool(op, direction, **common, problem=shape)
+    return Linear(op, direction, **common, problem=shape)

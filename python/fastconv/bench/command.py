@@ -1,0 +1,307 @@
+"""The command line of ``fastconv bench``: words to cases, cases to results, results to tables and a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastconv.bench.schema import SCHEMA_VERSION
+from fastconv.testing.timing import LEAST_REPETITIONS, Protocol
+
+if TYPE_CHECKING:
+    from fastconv.bench.cases import Case
+    from fastconv.bench.report import Reporter
+    from fastconv.bench.runner import Settings
+
+_EPILOG = """\
+targets:
+  conv2d | linear | max_pool2d | avg_pool2d | adaptive_avg_pool2d | adaptive_max_pool2d | pool (both plain kinds)
+  resnet50 …            every distinct layer of a model, with how often it occurs
+  model resnet50 …      the whole converted model; with --train a training step (forward, backward, SGD)
+  call                  what a call on a tiny problem costs
+  readme                rewrite the results table of a README from a JSON file (fastconv bench readme --help)
+
+examples:
+  fastconv bench conv2d --shape n1c64h56k64r3p1 --threads 1,2 --layout nhwc --algorithms all
+  fastconv bench resnet50 --batch 1,8 --pass fwd,dgrad,wgrad --json resnet50.json
+  fastconv bench model resnet18 --train --batch 8
+"""
+
+# Typed shapes when none are given: one layer of each kind, at the sizes they have in ResNet-50 and MobileNetV2.
+_DEFAULT_SHAPES = {
+    "conv2d": (
+        "c3h224k64r7u2p3",
+        "c64h56k256r1",
+        "c64h56k64r3p1",
+        "c128h56k128r3u2p1",
+        "c256h14k256r3p1",
+        "c1024h14k2048r1u2",
+        "c32h112k32r3p1g32",
+        "c512h14k512r3p1g512",
+    ),
+    "linear": ("i2048o1000", "m197i768o3072"),
+    "max_pool2d": ("c64h112r3u2p1", "c64h224r2"),
+    "avg_pool2d": ("c64h112r3u2p1", "c128h56r2"),
+    "adaptive_avg_pool2d": ("c2048h7a1", "c512h14a7"),
+    "adaptive_max_pool2d": ("c2048h7a1", "c512h14a7"),
+}
+
+
+class UsageError(Exception):
+    """One sentence on what is wrong with the command line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. 0: done; 1: some row was void or failed; 2: it could not run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["readme"]:
+        from fastconv.bench.readme import main as readme
+
+        return readme(words[1:])
+    args = _parser().parse_args(words)
+    missing = [name for name in ("torch", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"fastconv bench: this needs {', '.join(missing)}; get it with: pip install 'fastconv[bench]'",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return _run(args, words)
+    except UsageError as error:
+        print(f"fastconv bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastconv bench",
+        description="Time fastconv against torch, interleaved and verified.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("targets", nargs="+", metavar="TARGET", help="ops, models, 'model NAME …' or 'call'")
+    parser.add_argument("--shape", action="append", default=[], help="a shape string; may be repeated")
+    parser.add_argument(
+        "--batch", type=_numbers, help="batch sizes, such as 1,8 (models: default 1; shapes: their own n)"
+    )
+    parser.add_argument("--threads", type=_numbers, default=(1,), help="thread counts, such as 1,2 (default 1)")
+    parser.add_argument(
+        "--layout", type=_names("nchw", "nhwc"), default=("nchw", "nhwc"), help="fastconv's layouts (both)"
+    )
+    parser.add_argument(
+        "--algorithms", type=_names(), default=("auto",), help="auto, all, or names of algorithms (auto)"
+    )
+    parser.add_argument("--isa", type=_names(), default=("auto",), help="auto, or targets such as avx2,avx512 (auto)")
+    parser.add_argument(
+        "--peers",
+        type=_names("torch", "torch_channels_last", "compile", "none"),
+        default=("torch", "torch_channels_last"),
+        help="torch, torch_channels_last, compile, or none (the first two)",
+    )
+    parser.add_argument(
+        "--pass", dest="directions", type=_names("fwd", "dgrad", "wgrad", "bwd"), help="fwd (default), …"
+    )
+    parser.add_argument("--dtype", choices=("f32", "f64"), default="f32", help="default f32")
+    parser.add_argument("--train", action="store_true", help="with 'model': a training step")
+    parser.add_argument("--only", default="", help="regular expression on shape strings: run only these")
+    parser.add_argument(
+        "--repetitions", type=int, default=15, help=f"samples of each row, at least {LEAST_REPETITIONS} (15)"
+    )
+    parser.add_argument("--seconds", type=float, default=15.0, help="a noisy row is sampled again up to this long (15)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and the order of contestants (0)")
+    parser.add_argument("--json", type=Path, help="write everything, raw samples too, to this file")
+    parser.add_argument("--list", action="store_true", help="print the shapes that would run, time nothing")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers joined by commas, got {text!r}") from None
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive numbers, got {text!r}")
+    return numbers
+
+
+def _names(*known: str) -> Any:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(word for word in text.split(",") if word)
+        unknown = [name for name in names if known and name not in known]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known) or 'a list of names'}, got {text!r}")
+        return names
+
+    return parse
+
+
+def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
+    import fastconv
+    from fastconv.bench import context, peaks
+    from fastconv.bench.report import Reporter
+
+    settings = _settings(args)
+    cases = _cases(args)
+    if args.json and not args.json.parent.is_dir():
+        raise UsageError(f"--json {args.json}: there is no such folder")
+    if args.list:
+        for run, case in cases:
+            print(f"{run}: {case.op} {case.direction} {case.name}" + (f" ×{case.count}" if case.count > 1 else ""))
+        return 0
+    reporter = Reporter()
+    document: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "context": context.collect(words, args.seed),
+        "peaks": {"before": peaks.measure(args.threads, args.dtype)},
+        "results": [],
+    }
+    reporter.heading(document, args.threads)
+    fastconv.set_fallback("error")
+    try:
+        _run_cases(cases, settings, document, reporter, args)
+    except KeyboardInterrupt:
+        document["interrupted"] = True
+        reporter.say("interrupted: what was measured until now follows", "yellow")
+    finally:
+        fastconv.set_fallback("warn")
+    document["peaks"]["after"] = peaks.measure(args.threads, args.dtype)
+    context.finish(document["context"])
+    reporter.summary(document)
+    if args.json:
+        args.json.write_text(_as_json(document), encoding="utf-8")
+    states = {
+        entry["status"] for match in document["results"] for entry in match["contestants"] if entry["who"] == "fastconv"
+    }
+    return 1 if states & {"void", "failed"} else 0
+
+
+def _as_json(document: dict[str, Any]) -> str:
+    """A result a line, so that a file of raw samples stays small and two of them can be compared by diff."""
+    head = json.dumps({key: value for key, value in document.items() if key != "results"}, indent=1, allow_nan=False)
+    lines = ",\n".join(json.dumps(result, allow_nan=False, ensure_ascii=False) for result in document["results"])
+    return f'{head[:-2]},\n "results": [\n{lines}\n ]\n}}\n'
+
+
+def _run_cases(
+    cases: list[tuple[str, Case]],
+    settings: Settings,
+    document: dict[str, Any],
+    reporter: Reporter,
+    args: argparse.Namespace,
+) -> None:
+    from fastconv.bench.runner import run
+
+    pending: list[dict[str, Any]] = []
+    waiting = list(reversed(cases))
+    cases.clear()
+    with reporter.progress(len(waiting)) as advance:
+        while waiting:
+            name, case = waiting.pop()  # a case holds its tensors, and all of a model's at batch 8 would not fit
+            advance(f"{case.op} {case.direction} {case.name}")
+            result = {"run": name, "repro": _repro(case, args)} | run(case, settings)
+            document["results"].append(result)
+            if pending and (pending[0]["op"], pending[0]["direction"]) != (case.op, case.direction):
+                reporter.results(pending)
+                pending = []
+            pending.append(result)
+    reporter.results(pending)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    import fastconv
+    from fastconv.bench.runner import Settings
+
+    targets = fastconv._C.machine()["isa"]
+    unknown = [isa for isa in args.isa if isa not in ("auto", *targets)]
+    if unknown:
+        raise UsageError(f"--isa {unknown[0]} does not run here, expected auto or some of {', '.join(targets)}")
+    if args.repetitions < LEAST_REPETITIONS:
+        raise UsageError(f"--repetitions must be at least {LEAST_REPETITIONS}, got {args.repetitions}")
+    protocol = Protocol(
+        repetitions=args.repetitions, max_repetitions=3 * args.repetitions, max_seconds=args.seconds, seed=args.seed
+    )
+    peers = tuple(peer for peer in args.peers if peer != "none")
+    return Settings(args.threads, args.layout, args.algorithms, args.isa, peers, protocol)
+
+
+def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
+    """(name of the run, case) for everything the command line asks for."""
+    from fastconv.bench.calls import call_cases
+    from fastconv.bench.networks import Network, layer_cases
+    from fastconv.models import names
+
+    targets = list(args.targets)
+    found: list[tuple[str, Case]] = []
+    known = names()
+    if targets[0] == "model":
+        for model in targets[1:] or ["resnet50"]:
+            if model not in known:
+                raise UsageError(f"no model named {model!r}, expected some of {', '.join(known)}")
+            for batch in args.batch or (8 if args.train else 1,):
+                direction = "train" if args.train else "infer"
+                network = Network("model", direction, args.dtype, args.seed, model=model, batch=batch)
+                found.append((f"{model} n{batch}", network))
+        return found
+    for target in targets:
+        if target == "call":
+            cases = call_cases(args.dtype, args.seed)
+            found += [("call recorded" if case.records_gradient else "call", case) for case in cases]
+        elif target in known:
+            for batch in args.batch or (1,):
+                cases = layer_cases(target, [batch], args.directions or ("fwd",), args.dtype, args.seed)
+                found += [(f"{target} n{batch}", case) for case in cases]
+        else:
+            found += [(target, case) for case in _op_cases(target, args)]
+    found = [(run, case) for run, case in found if re.search(args.only, case.name)]
+    if not found:
+        raise UsageError("nothing to run: no shape matches")
+    return found
+
+
+def _op_cases(target: str, args: argparse.Namespace) -> list[Case]:
+    from fastconv.bench.cases import PASSES, POOLS, make
+    from fastconv.bench.shapes import Shape, batched, parse_conv, parse_linear, parse_pool
+    from fastconv.models import names
+
+    if target == "pool":
+        return [case for pool in POOLS[:2] for case in _op_cases(pool, args)]
+    if target not in PASSES:
+        raise UsageError(
+            f"no op or model named {target!r}, expected {', '.join(PASSES)}, pool, call or {', '.join(names())}"
+        )
+    parsers: dict[str, Callable[[str], Shape]] = {"conv2d": parse_conv, "linear": parse_linear}
+    parse = parsers.get(target, parse_pool)
+    try:
+        shapes: list[Shape] = [parse(text) for text in args.shape or _DEFAULT_SHAPES[target]]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if args.batch:
+        shapes = [batched(shape, n) for n in args.batch for shape in shapes]
+    wanted = args.directions or ("fwd",)
+    directions = [direction for direction in PASSES[target] if direction in wanted]
+    if not directions:
+        raise UsageError(f"{target} has the passes {', '.join(PASSES[target])}, got {', '.join(wanted)}")
+    return [make(target, shape, d, dtype=args.dtype, seed=args.seed) for d in directions for shape in shapes]
+
+
+def _repro(case: Case, args: argparse.Namespace) -> str:
+    """The command that runs this case alone, with the same options."""
+    if case.op == "model":
+        model, batch = case.name.split(" n")
+        words = ["model", model, "--batch", batch] + ["--train"] * (case.direction == "train")
+    elif case.records_gradient:
+        words = ["call", "--only", f"^{re.escape(case.name)}$"]
+    else:
+        words = [case.op, "--shape", case.name, "--pass", case.direction]
+    for option in ("threads", "layout", "algorithms", "isa", "peers", "dtype", "seed"):
+        value = getattr(args, option)
+        words += [f"--{option}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(["fastconv", "bench", *words])

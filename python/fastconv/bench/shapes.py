@@ -1,0 +1,125 @@
+"""Shape strings: a problem on one line that can be pasted back into the command line.
+
+    conv2d       n1c64h56w56k64r3s3u2p1d1g1   batch, channels, height, width, filters, filter height and width,
+                                              stride (u), padding (p), dilation (d), groups (g)
+    pools        n1c64h112w112r3s3u2p1        as above, without filters and groups; +ceil, +exclude_pad, +div9
+    adaptive     n1c2048h7w7a1x1              the output's size
+    linear       m197i768o3072                rows, input features, output features
+
+These are the ids of ``fastconv.testing.problems`` with everything optional that has an obvious value: n, u, d, g are 1,
+p is 0, w is h, s is r, and a pool's stride is its window, as in torch. Several numbers are joined by x: u2x1, p0x1x0x1.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from fastconv.testing.problems import ConvCase, PoolCase, parse
+
+_NUMBERS = r"-?\d+(?:x-?\d+)*"
+_FIELD = re.compile(rf"([a-z])({_NUMBERS})")
+_SHAPE = re.compile(rf"((?:[a-z]{_NUMBERS})+)(?:-n(?:chw|hwc))?((?:\+\w+)*)")
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """y[m,o] = x[m,i] · w[o,i]ᵀ."""
+
+    m: int
+    i: int
+    o: int
+
+    def __str__(self) -> str:
+        return f"m{self.m}i{self.i}o{self.o}"
+
+
+Shape = ConvCase | PoolCase | LinearShape
+
+AnyCase = TypeVar("AnyCase", ConvCase, PoolCase)
+
+
+def parse_conv(text: str) -> ConvCase:
+    """``c64h56k64r3p1`` to a problem. ValueError names the string and the field at fault."""
+    fields, extras = _split(text, known="nchwkrsupdg", needed="chkr")
+    if set(extras.split("+")) - {"", "bias"}:
+        raise ValueError(f"shape {text!r}: only +bias can be timed, got {extras!r}")
+    f = {"n": "1", "u": "1", "p": "0", "d": "1", "g": "1", "w": fields["h"], "s": fields["r"]} | fields
+    case = parse("".join(letter + f[letter] for letter in "nchwkrsupdg") + "-nchw" + extras)
+    assert isinstance(case, ConvCase)
+    if min(case.groups, *case.stride, *case.dilation) < 1 or case.C % case.groups or case.K % case.groups:
+        raise ValueError(f"shape {text!r}: strides and dilations must be positive, groups must divide c and k")
+    return _with_output(case, text)
+
+
+def parse_pool(text: str) -> PoolCase:
+    """``c64h112r3u2p1`` or ``c2048h7a1`` to a problem."""
+    fields, extras = _split(text, known="nchwrsupda", needed="ch")
+    f = {"n": "1", "w": fields["h"]} | fields
+    if "a" in f:
+        if set(f) & set("rsupd"):
+            raise ValueError(f"shape {text!r}: an adaptive pool (a) has no window, stride, padding or dilation")
+        size = f["a"] if "x" in f["a"] else f"{f['a']}x{f['a']}"
+        window = f"a{size}"
+    elif "r" in f:
+        f = {"s": f["r"], "p": "0", "d": "1"} | f
+        f = {"u": f"{f['r']}x{f['s']}"} | f
+        window = "".join(letter + f[letter] for letter in "rsupd")
+    else:
+        raise ValueError(f"shape {text!r}: a pool needs a window (r) or an output size (a)")
+    case = parse("".join(letter + f[letter] for letter in "nchw") + window + "-nchw" + extras)
+    assert isinstance(case, PoolCase)
+    if case.pad4[0] != case.pad4[1] or case.pad4[2] != case.pad4[3]:
+        raise ValueError(f"shape {text!r}: torch's pools pad both sides alike, got p{case.pad4}")
+    return _with_output(case, text)
+
+
+def parse_linear(text: str) -> LinearShape:
+    """``m197i768o3072`` to a LinearShape."""
+    fields, _ = _split(text, known="mio", needed="io")
+    return LinearShape(int(fields.get("m", "1")), int(fields["i"]), int(fields["o"]))
+
+
+def short(shape: Shape) -> str:
+    """The shortest string that parses back to the same problem: what has its default value is left out, but for n."""
+    if isinstance(shape, LinearShape):
+        return str(shape)
+    body, _, extras = str(shape).partition("-nchw")
+    fields: dict[str, str] = dict(_FIELD.findall(body))
+    defaults = {"w": fields["h"], "s": fields.get("r"), "u": "1", "p": "0", "d": "1", "g": "1"}
+    if isinstance(shape, PoolCase):
+        defaults["u"] = str(shape.R) if (shape.R, shape.R) == (shape.S, shape.stride[0]) == shape.stride else None
+    if "a" in fields:
+        fields["a"] = fields["a"] if shape.P != shape.Q else str(shape.P)
+    return "".join(letter + number for letter, number in fields.items() if defaults.get(letter) != number) + extras
+
+
+def batched(shape: Shape, n: int) -> Shape:
+    """The same problem for ``n`` samples; a linear's rows are those of one sample."""
+    if isinstance(shape, LinearShape):
+        return replace(shape, m=n * shape.m)
+    return replace(shape, N=n)
+
+
+def _split(text: str, known: str, needed: str) -> tuple[dict[str, str], str]:
+    whole = _SHAPE.fullmatch(text)
+    if whole is None:
+        raise ValueError(f"shape {text!r}: expected letters and numbers in turn, such as c64h56k64r3p1")
+    fields: dict[str, str] = {}
+    for letter, number in _FIELD.findall(whole[1]):
+        if letter not in known:
+            raise ValueError(f"shape {text!r}: unknown field {letter!r}, expected some of {' '.join(known)}")
+        if letter in fields:
+            raise ValueError(f"shape {text!r}: field {letter!r} is given twice")
+        fields[letter] = number
+    for letter in needed:
+        if letter not in fields:
+            raise ValueError(f"shape {text!r}: missing field {letter!r}")
+    return fields, whole[2]
+
+
+def _with_output(case: AnyCase, text: str) -> AnyCase:
+    if min(case.N, case.C, case.H, case.W, case.P, case.Q) < 1:
+        raise ValueError(f"shape {text!r}: every size must be positive, the output is {case.P}x{case.Q}")
+    return case

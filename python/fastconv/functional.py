@@ -1,0 +1,48 @@
+"""torch.nn.functional's convolutions, pools and linear on fastconv's kernels: same signatures, results, formats and exceptions.
+
+What torch accepts is accepted here: where no kernel of ours applies, torch computes the result and `fastconv.fallback_counts`
+says how often and why.
+"""
+
+from __future__ import annotations
+
+from ._convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, linear
+from ._pooling import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_max_pool1d,
+    adaptive_max_pool1d_with_indices,
+    adaptive_max_pool2d,
+    adaptive_max_pool2d_with_indices,
+    avg_pool1d,
+    avg_pool2d,
+    max_pool1d,
+    max_pool1d_with_indices,
+    max_pool2d,
+    max_pool2d_with_indices,
+)
+
+__all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool1d_with_indices",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool2d_with_indices",
+    "avg_pool1d",
+    "avg_pool2d",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "linear",
+    "max_pool1d",
+    "max_pool1d_with_indices",
+    "max_pool2d",
+    "max_pool2d_with_indices",
+]
+
+# They are public here, wherever they are written: in reprs, pickles and the code that torch.fx makes.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

@@ -1,0 +1,314 @@
+"""From shapes and strides to a cached plan: which kernel answers a problem, and what it needs.
+
+Nothing here knows torch: operands arrive as tuples and addresses, so that `fastconv.numpy` shares the plans with the torch
+ops. An op keeps one recipe for each combination of shapes, strides and options (see `cached`), and a recipe holds a `Plan`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from . import _native
+
+_C = _native.load()
+
+Shape = tuple[int, ...]
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Recipes kept for each op. A recipe and its key take about 2 kB, and a large detector meets some hundred problems.
+CACHE_SIZE = 1024
+
+OPS = ("conv2d_fwd", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d_fwd", "max_pool2d_bwd", "avg_pool2d_fwd", "avg_pool2d_bwd")
+
+
+# ---- What the user asked for: forced kernels and accuracy -----------------------------------------------------------------
+
+
+def parse_force(text: str) -> dict[str, str]:
+    """`conv2d_fwd=im2col,max_pool2d_fwd=avx2` as a dict. Raises ValueError where an item is not `op=choice`."""
+    forced = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        op, equals, choice = (part.strip() for part in item.partition("="))
+        if not equals or not choice:
+            raise ValueError(f"FASTCONV_FORCE: got '{item}', expected op=algorithm, op=target or op=full.kernel.name")
+        check_op(op)
+        forced[op] = choice
+    return forced
+
+
+def check_op(op: str) -> None:
+    """Raises ValueError, with the names there are, where `op` is not one of `OPS`."""
+    if op not in OPS:
+        raise ValueError(f"unknown op '{op}', expected one of {', '.join(OPS)}")
+
+
+# Choices by op, in this context only (thread or task). Read at every call, so it is a plain dict that nobody mutates.
+forced: ContextVar[Mapping[str, str]] = ContextVar("fastconv_forced", default=parse_force(os.environ.get("FASTCONV_FORCE", "")))
+
+# True: never a kernel whose error grows faster than a plain sum's.
+strict = False
+
+
+# ---- Plans ----------------------------------------------------------------------------------------------------------------
+
+
+Question = tuple[str, Any, int, str, bool]  # op, problem, threads, forced kernel, strict: what _C.plan and _C.explain take
+
+
+class Plan:
+    """One problem with the kernel chosen for it.
+
+    `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d` or `run_pool2d`, the workspace left out.
+    """
+
+    __slots__ = ("dtype", "kernel", "question", "run", "shapes", "workspace")
+
+    def __init__(self, question: Question, native: _C.Plan, dtype: str, shapes: tuple[Shape, ...]) -> None:
+        self.question = question
+        self.kernel = native.kernel
+        self.workspace = native.workspace
+        self.run: Callable[..., None] = native.run_pool2d if "pool" in question[0] else native.run_conv2d
+        self.dtype = dtype
+        self.shapes = shapes
+
+    def execute(self, *addresses: int) -> None:
+        block = scratch(self.workspace)
+        if _observers:
+            self._execute_watched(*addresses, block[1])
+        else:
+            self.run(*addresses, block[1])
+
+    def _execute_watched(self, *addresses: int) -> None:
+        questions = _questions.get()
+        if questions is not None:
+            questions.append((self.question, self.dtype, self.shapes))
+            return
+        begin = time.perf_counter()
+        self.run(*addresses)
+        seconds = time.perf_counter() - begin
+        record = Record(self.question[0], self.kernel, self.shapes, self.dtype, self.question[2], seconds)
+        for records in _observers:
+            records.append(record)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.kernel}, workspace={self.workspace})"
+
+
+_caches: list[Callable[[], None]] = []
+
+
+def cached(make: F) -> F:
+    """Keeps the last `CACHE_SIZE` results of `make`, whose arguments must be hashable and say all that the result depends on."""
+    keeper = functools.lru_cache(maxsize=CACHE_SIZE)(make)
+    _caches.append(keeper.cache_clear)
+    return keeper  # type: ignore[return-value]
+
+
+def clear() -> None:
+    """Forgets every plan: for tests, and after something that a key does not hold has changed."""
+    for cache_clear in _caches:
+        cache_clear()
+
+
+def limit_isa(name: str) -> None:
+    """Allows kernels for at most this instruction set ("scalar", "avx2", "avx512"; "" for no limit), like FASTCONV_ISA."""
+    _C.set_isa_limit(name)
+    clear()
+
+
+def conv2d_problem(
+    dtype: str,
+    x: tuple[Shape, Shape],
+    w: tuple[Shape, Shape],
+    y: tuple[Shape, Shape],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    bias: bool = False,
+    residual: bool = False,
+    activation: str = "none",
+) -> _C.Conv2dProblem:
+    """Operands as (shape, strides): x (N, C, H, W), w (K, C/groups, R, S), y (N, K, P, Q). Padding: top, bottom, left, right.
+
+    The bottom and right padding are what P and Q make of them.
+    """
+    (N, C, H, W), (K, _, R, S), (_, _, P, Q) = x[0], w[0], y[0]
+    k, c, r, s = w[1]
+    return _C.Conv2dProblem(
+        dtype=dtype, N=N, C=C, H=H, W=W, K=K, R=R, S=S, P=P, Q=Q, groups=groups, stride=stride,
+        pad=(padding[0], padding[2]), dilation=dilation, x=x[1], w=(K // groups * k, k, c, r, s), y=y[1],
+        bias=bias, residual=residual, activation=activation,
+    )  # fmt: skip
+
+
+def pool2d_problem(
+    dtype: str,
+    x: tuple[Shape, Shape],
+    y: tuple[Shape, Shape],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int] = (1, 1),
+    divisor_override: int = 0,
+    count_include_pad: bool = True,
+    adaptive: bool = False,
+) -> _C.Pool2dProblem:
+    """Operands as (shape, strides): x (N, C, H, W), y and the indices (N, C, P, Q). Padding: top, bottom, left, right."""
+    (N, C, H, W), (_, _, P, Q) = x[0], y[0]
+    return _C.Pool2dProblem(
+        dtype=dtype, N=N, C=C, H=H, W=W, P=P, Q=Q, R=kernel[0], S=kernel[1], stride=stride, pad=padding, dilation=dilation,
+        x=x[1], y=y[1], divisor_override=divisor_override, count_include_pad=count_include_pad, adaptive=adaptive,
+    )  # fmt: skip
+
+
+def make(
+    op: str,
+    problem: _C.Conv2dProblem | _C.Pool2dProblem,
+    dtype: str,
+    shapes: tuple[Shape, ...],
+    threads: int,
+    force: str,
+    strict: bool,
+) -> Plan:
+    """A new plan: ask for it inside a `cached` function. Raises NotImplementedError with each kernel's reason where none applies."""
+    question = (op, problem, threads, force, strict)
+    shapes = tuple(tuple(shape) for shape in shapes)
+    try:
+        native = _C.plan(*question)
+    except NotImplementedError:
+        questions = _questions.get()
+        if questions is not None:
+            questions.append((question, dtype, shapes))
+        raise
+    made = Plan(question, native, dtype, shapes)
+    if os.environ.get("FASTCONV_LOG", "0") not in ("", "0"):
+        cost = next(cost for name, _, cost in _C.explain(*question) if name == made.kernel)
+        sizes = " ".join("x".join(map(str, shape)) for shape in shapes)
+        print(f"fastconv: {op} {sizes}: {made.kernel}, {cost * 1e6:.1f} us predicted, {threads} threads", file=sys.stderr)
+    return made
+
+
+# ---- Scratch memory -------------------------------------------------------------------------------------------------------
+
+# Scratch a thread keeps between calls; a larger block is allocated for its one call. Kernels ask for L2-sized blocks a thread.
+_KEPT_BYTES = 16 << 20
+_ALIGNMENT = 64
+
+Block = tuple[int, int, object]
+
+
+class _Scratch(threading.local):
+    block: Block = (0, 0, None)
+
+
+_kept = _Scratch()
+
+
+def scratch(nbytes: int) -> Block:
+    """(size, address, owner) of at least `nbytes` uninitialised bytes, aligned to a cache line, of this thread alone.
+
+    The block is good until the thread asks again, and as long as the tuple lives: keep it until the kernel is done.
+    """
+    block = _kept.block
+    if nbytes <= block[0]:
+        return block
+    owner = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    block = (nbytes, -(-owner.ctypes.data // _ALIGNMENT) * _ALIGNMENT, owner)
+    if nbytes <= _KEPT_BYTES:
+        _kept.block = block
+    return block
+
+
+# ---- Memory formats -------------------------------------------------------------------------------------------------------
+
+
+def strides_of(shape: Shape, channels_last: bool) -> Shape:
+    """Strides of a dense (N, C, H, W) tensor, as torch.empty gives them: no stride is 0, even where a size is."""
+    _, C, H, W = (max(size, 1) for size in shape)
+    return (H * W * C, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1)
+
+
+def is_dense(shape: Shape, strides: Shape, channels_last: bool) -> bool:
+    """Whether the elements lie in that order without a gap. The stride of a dimension of size 1 says nothing."""
+    return all(
+        size == 1 or stride == want for size, stride, want in zip(shape, strides, strides_of(shape, channels_last))
+    )
+
+
+def prefers_channels_last(shape: Shape, strides: Shape) -> bool:
+    """What torch reads from strides (`suggest_memory_format`): is this 4-D tensor meant as channels_last?
+
+    Strides alone are ambiguous where a size is 1; torch settles that by walking C, W, H, N and asking that strides grow, with
+    C = 1 in plain order and N111 counted as contiguous.
+    """
+    if strides[1] == 0:
+        return False
+    smallest = 0
+    for dim in (1, 3, 2, 0):
+        if shape[dim] == 0 or strides[dim] < smallest:
+            return False
+        if dim == 0 and smallest == strides[1]:
+            return False
+        smallest = strides[dim] * max(shape[dim], 1)
+    return True
+
+
+# ---- Watching -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """One executed kernel: its op, full name, the operands' shapes (x, w, y; for pooling x, y), dtype, threads, seconds."""
+
+    op: str
+    kernel: str
+    shapes: tuple[Shape, ...]
+    dtype: str
+    threads: int
+    seconds: float
+
+
+_observers: list[list[Record]] = []
+
+
+@contextmanager
+def observe() -> Iterator[list[Record]]:
+    """Yields a list to which every kernel executed in this process, in whatever thread, is appended while the block runs."""
+    records: list[Record] = []
+    _observers.append(records)
+    try:
+        yield records
+    finally:
+        # By identity: two empty lists are equal.
+        _observers[:] = [other for other in _observers if other is not records]
+
+
+Asked = tuple[Question, str, tuple[Shape, ...]]
+
+_questions: ContextVar[list[Asked] | None] = ContextVar("fastconv_questions", default=None)
+
+
+@contextmanager
+def rehearse() -> Iterator[list[Asked]]:
+    """Yields a list to which every problem met in this thread is appended, with its dtype and shapes. No kernel runs meanwhile:
+    outputs hold whatever was in their memory.
+    """
+    asked: list[Asked] = []
+    token = _questions.set(asked)
+    with observe():
+        try:
+            yield asked
+        finally:
+            _questions.reset(token)
