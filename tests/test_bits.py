@@ -1,0 +1,104 @@
+"""Law 7: a sample's bits do not depend on its company, nor any result on threads, on the workspace or on the day."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastconv.testing import fill, grids, harness
+from fastconv.testing.problems import AVG_POOL_OPS, CONV_OPS, MAX_POOL_OPS, Case
+
+SAMPLE_OPS = ("conv2d_fwd", "conv2d_dgrad", *MAX_POOL_OPS, *AVG_POOL_OPS)
+REPEATING_LAYOUTS = ("expand", "expand_y", "scalar_y")
+# Squares overflow and products with anything are far from the sample's.
+HUGE = 3e37
+
+
+def same_bits(a: harness.Arrays, b: harness.Arrays) -> bool:
+    return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def some(cases: tuple[Case, ...], count: int) -> list[Case]:
+    """About ``count`` of the cases, spread over the grid, with one sample of its own memory each."""
+    plain = [replace(case, N=1) for case in cases if case.layout not in REPEATING_LAYOUTS]
+    return list(dict.fromkeys(plain[:: max(1, len(plain) // count)]))
+
+
+def in_company(op: str, case: Case, inputs: harness.Arrays, neighbours: list[float | None]) -> harness.Arrays:
+    """The inputs of one sample as a batch: None stands for the sample, a number for a neighbour filled with it."""
+    batch: harness.Arrays = {}
+    for name, value in inputs.items():
+        if name in ("w", "bias"):
+            batch[name] = value
+        elif name == "indices":
+            batch[name] = np.concatenate([value] * len(neighbours))
+        else:
+            parts = [value if other is None else np.full_like(value, other) for other in neighbours]
+            batch[name] = np.concatenate(parts)
+    return batch
+
+
+def check_company(op: str, case: Case, dtype: str, force: str) -> None:
+    inputs = harness.make_inputs(op, case)
+    alone = harness.run(op, case, dtype, inputs, force=force).outputs
+    for neighbours, threads in (([np.nan, None], 1), ([None, HUGE, None, np.nan], 2), ([-1.5, 0.25, None], 3)):
+        batch = replace(case, N=len(neighbours))
+        crowd = in_company(op, case, inputs, neighbours)
+        outputs = harness.run(op, batch, dtype, crowd, force=force, threads=threads).outputs
+        for position, neighbour in enumerate(neighbours):
+            if neighbour is None:
+                mine = {name: value[position : position + 1] for name, value in outputs.items()}
+                again = f"{force or 'selected'} on {case}: sample {position} of {neighbours}, {threads} threads"
+                assert same_bits(mine, alone), f"{again}: its bits differ from those it has alone"
+
+
+@pytest.mark.ops(*SAMPLE_OPS)
+def test_any_company(kernel: str) -> None:
+    op, _, dtype, _ = kernel.split(".")
+    for case in some(harness.accepted(kernel), 32):
+        check_company(op, case, dtype, kernel)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("op", SAMPLE_OPS)
+def test_any_company_of_the_selected_kernel(op: str, dtype: str) -> None:
+    for case in some(grids.grid(op), 60):
+        check_company(op, case, dtype, "")
+
+
+def test_any_threads_any_workspace_any_day(kernel: str) -> None:
+    op, _, dtype, _ = kernel.split(".")
+    cases = harness.accepted(kernel)
+    for case in cases[:: max(1, len(cases) // 32)]:
+        inputs, _ = harness.problem_data(op, case)
+        once = harness.run(op, case, dtype, inputs, force=kernel, threads=1, scratch=0).outputs
+        # 0xFF is NaN as f32 and f64, 0x7F a huge number.
+        for threads, scratch in ((1, 0xFF), (2, 0x7F), (3, 0xFF), (4, 0)):
+            outputs = harness.run(op, case, dtype, inputs, force=kernel, threads=threads, scratch=scratch).outputs
+            assert same_bits(outputs, once), (
+                f"{kernel} on {case}: {threads} threads, workspace {scratch:#x}: bits differ"
+            )
+
+
+def chosen(op: str, case: Case, dtype: str, threads: int) -> str:
+    return str(harness.native().plan(op, harness.native_problem(case, dtype), threads).kernel)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("op", CONV_OPS + MAX_POOL_OPS + AVG_POOL_OPS)
+def test_selection_keeps_the_bits(op: str, dtype: str) -> None:
+    """A batch or a thread count may select another kernel only if both make the same bits of a sample."""
+    batches = (1,) if op == "conv2d_wgrad" else (1, 2, 3, 8, 64)
+    pairs: dict[tuple[str, str], list[Case]] = {}
+    for case in some(grids.grid(op) + (grids.layers() if op in CONV_OPS else ()), 300):
+        names = {chosen(op, replace(case, N=n), dtype, t) for n in batches for t in (1, 2, 4, 16)}
+        base = chosen(op, case, dtype, 1)
+        for other in names - {base}:
+            pairs.setdefault((base, other), []).append(case)
+    for (base, other), cases in pairs.items():
+        for case in sorted(cases, key=lambda c: c.N * c.C * c.H * c.W)[:: max(1, len(cases) // 8)]:
+            inputs = harness.make_inputs(op, case, fill.normal)
+            a, b = (harness.run(op, case, dtype, inputs, force=name).outputs for name in (base, other))
+            assert same_bits(a, b), f"{op} {case}: batch or threads change {base} to {other}, and the bits with it"

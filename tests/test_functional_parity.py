@@ -1,0 +1,146 @@
+"""torch's own OpInfo samples and error inputs, for every function of fastconv.functional that has them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastconv
+import fastconv.functional as ours
+from fastconv import fallback_counts
+
+PREFIX = "nn.functional."
+OPS = {
+    op.name.removeprefix(PREFIX): op
+    for op in op_db
+    if op.name.startswith(PREFIX) and op.name.removeprefix(PREFIX) in ours.__all__ and not op.variant_test_name
+}
+NAMES = sorted(OPS)
+
+# Ops that have no kernels of their own.
+ALWAYS_TORCH = {"conv3d"}
+
+
+def test_every_function_that_torch_has_samples_for() -> None:
+    expected = {name for name in ours.__all__ if not name.endswith("_with_indices")}
+    assert set(NAMES) == expected
+
+
+def assert_same(ours: Any, theirs: Any, exact: bool = False) -> None:
+    """Same structure, shapes, strides, dtypes; values equal or within torch's default tolerance for the dtype."""
+    if not isinstance(theirs, Tensor):
+        assert type(ours) is type(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other, exact)
+        return
+    tolerance = {"rtol": 0, "atol": 0} if exact or not theirs.is_floating_point() else {}
+    torch.testing.assert_close(ours, theirs, equal_nan=True, check_stride=True, **tolerance)
+
+
+def leaves(sample: Any) -> list[Tensor]:
+    everything = [sample.input, *sample.args, *sample.kwargs.values()]
+    return [t for t in everything if isinstance(t, Tensor) and t.requires_grad]
+
+
+def gradients(out: Any, inputs: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of an output that is weighted unevenly, so that no two of its elements can be exchanged."""
+    first = out if isinstance(out, Tensor) else out[0]
+    weights = torch.arange(1, first.numel() + 1, dtype=first.dtype).reshape(first.shape) / max(first.numel(), 1)
+    return list(torch.autograd.grad(first, inputs, weights, allow_unused=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", NAMES)
+def test_samples(name: str, dtype: torch.dtype) -> None:
+    op = OPS[name]
+    function = getattr(ours, name)
+    exact = name.startswith(("max_pool", "adaptive_max_pool"))
+    before = fallback_counts()
+    count = 0
+    for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+        expected = op.op(sample.input, *sample.args, **sample.kwargs)
+        found = function(sample.input, *sample.args, **sample.kwargs)
+        assert_same(found, expected, exact)
+        inputs = leaves(sample)
+        for ours_, theirs in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
+            if theirs is None:
+                assert ours_ is None
+            else:
+                assert_same(ours_, theirs)
+        count += 1
+    assert count >= 6
+    if name not in ALWAYS_TORCH:
+        assert fallback_counts() == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_without_gradient(name: str) -> None:
+    op = OPS[name]
+    function = getattr(ours, name)
+    # Every seventh of the max pools' 1440: seven has no factor in common with the lists they are the product of.
+    step = 7 if name.startswith("max_pool") else 1
+    with torch.no_grad():
+        for sample in itertools.islice(op.sample_inputs("cpu", torch.float32), 0, None, step):
+            expected = op.op(sample.input, *sample.args, **sample.kwargs)
+            assert_same(function(sample.input, *sample.args, **sample.kwargs), expected, name.startswith("max_pool"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_channels_last(name: str) -> None:
+    op = OPS[name]
+    function = getattr(ours, name)
+    step = 7 if name.startswith("max_pool") else 1
+    for sample in itertools.islice(op.sample_inputs("cpu", torch.float32), 0, None, step):
+        if not isinstance(sample.input, Tensor) or sample.input.dim() != 4:
+            continue
+        x = sample.input.contiguous(memory_format=torch.channels_last)
+        expected = op.op(x, *sample.args, **sample.kwargs)
+        assert_same(function(x, *sample.args, **sample.kwargs), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.int64], ids=str)
+def test_other_dtypes_give_torch_s_answer_and_are_counted(name: str, dtype: torch.dtype) -> None:
+    op = OPS[name]
+    if dtype not in op.supported_dtypes("cpu"):
+        pytest.skip(f"torch's {name} has no {dtype}")
+    function = getattr(ours, name)
+    before = sum(fallback_counts().values())
+    samples = list(itertools.islice(op.sample_inputs("cpu", dtype), 20))
+    with fallback("silent"):
+        for sample in samples:
+            expected = op.op(sample.input, *sample.args, **sample.kwargs)
+            assert_same(function(sample.input, *sample.args, **sample.kwargs), expected, exact=True)
+    assert sum(fallback_counts().values()) == before + len(samples)
+
+
+class fallback:
+    """set_fallback for one block."""
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        fastconv.set_fallback(self.mode)
+
+    def __exit__(self, *_: object) -> None:
+        fastconv.set_fallback("warn")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if OPS[name].error_inputs_func])
+def test_error_inputs(name: str) -> None:
+    op = OPS[name]
+    function = getattr(ours, name)
+    for error in op.error_inputs("cpu"):
+        sample = error.sample_input
+        with pytest.raises(error.error_type) as info:
+            function(sample.input, *sample.args, **sample.kwargs)
+        assert info.type is error.error_type
+        assert re.search(error.error_regex, str(info.value)), str(info.value)
+        assert len(str(info.value)) < 600

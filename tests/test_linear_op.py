@@ -1,0 +1,163 @@
+"""linear as torch sees it: values for any leading dimensions and strides, derivatives of every kind, the registered ops."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+import fastconv
+from fastconv.ops.linear import linear
+
+OPS = torch.ops.fastconv
+LEADING = [(), (1,), (7,), (2, 3), (2, 1, 4), (0,), (2, 0)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operands are tiny here; waking a second thread for each costs more than the test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def operands(leading: tuple[int, ...] = (2, 3), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return tuple(torch.randn(s, dtype=torch.float64) for s in ((*leading, 5), (4, 5), (4,)))  # type: ignore[return-value]
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+def test_values_and_gradients(leading: tuple[int, ...], biased: bool) -> None:
+    inputs = [leaf(t) for t in operands(leading)[: 3 if biased else 2]]
+    bias = inputs[2] if biased else None
+    y, expected = linear(*inputs[:2], bias), F.linear(*inputs[:2], bias)
+    assert_close(y, expected)
+    assert y.stride() == expected.stride()
+    dy = torch.randn_like(expected)
+    assert_close(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy))
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT
+
+
+def sliced(t: Tensor) -> Tensor:
+    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def expanded(t: Tensor) -> Tensor:
+    return t[:1].expand(t.shape)
+
+
+def spread(t: Tensor) -> Tensor:
+    return t.flatten()[0].expand(t.shape)
+
+
+@pytest.mark.parametrize("which", ["x", "w", "dy"])
+@pytest.mark.parametrize("layout", [transposed, sliced, expanded, spread])
+def test_any_strides(layout: Callable[[Tensor], Tensor], which: str) -> None:
+    x, w, bias = operands((6, 7))
+    dy = torch.randn(6, 7, 4, dtype=torch.float64)
+    x, w, dy = (layout(t) if name == which else t for name, t in (("x", x), ("w", w), ("dy", dy)))
+    inputs = leaf(x), leaf(w), leaf(bias)
+    y, expected = linear(*inputs), F.linear(*inputs)
+    assert_close(y, expected)
+    assert_close(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy))
+
+
+def test_runs_on_the_kernels_of_conv2d() -> None:
+    inputs = [leaf(t.float()) for t in operands((16,))]
+    with fastconv.observe() as records:
+        linear(*inputs).sum().backward()
+    assert [r.op for r in records] == ["conv2d_fwd", "conv2d_dgrad", "conv2d_wgrad"]
+
+
+def test_gradcheck() -> None:
+    inputs = [leaf(t) for t in operands()]
+    options = {"check_batched_grad": True, "check_forward_ad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(linear, inputs, **options)
+    assert torch.autograd.gradgradcheck(linear, inputs, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("batched", [b for b in itertools.product((False, True), repeat=3) if any(b)])
+def test_vmap_and_gradients_inside(batched: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    dims = tuple(dim if b else None for b, dim in zip(batched, (1, 2, 0)))
+    shapes = [(2, 3, 5), (4, 5), (4,)]
+    inputs = [
+        torch.randn(*s[: d or 0], 6, *s[d or 0 :], dtype=torch.float64) if b else torch.randn(s, dtype=torch.float64)
+        for b, d, s in zip(batched, dims, shapes)
+    ]
+    assert_close(torch.vmap(linear, dims)(*inputs), torch.vmap(F.linear, dims)(*inputs))
+
+    def gradients(f: Callable[..., Tensor]) -> Any:
+        return torch.vmap(torch.func.grad(lambda *t: f(*t).sin().sum(), (0, 1, 2)), dims)(*inputs)
+
+    assert_close(gradients(linear), gradients(F.linear))
+
+
+def test_transforms_nest() -> None:
+    x, w, bias = operands()
+
+    def second(f: Callable[..., Tensor]) -> Any:
+        return torch.func.hessian(lambda x, w: f(x, w, bias).pow(3).sum(), (0, 1))(x, w)
+
+    assert_close(second(linear), second(F.linear))
+
+
+def test_lazily_negated_weight() -> None:
+    x, w, bias = operands()
+    negated = torch.complex(w, w).conj().imag
+    assert negated.is_neg()
+    assert_close(linear(x, negated, bias), F.linear(x, -w, bias))
+
+
+def test_opcheck() -> None:
+    x, w, bias = (t.float() for t in operands())
+    dy = torch.randn(2, 3, 4)
+    torch.library.opcheck(OPS.linear_fwd.default, (leaf(x), leaf(w), leaf(bias)))
+    torch.library.opcheck(OPS.linear_dgrad.default, (leaf(dy), leaf(w)))
+    for with_bias in (False, True):
+        torch.library.opcheck(OPS.linear_wgrad.default, (leaf(dy), leaf(x), with_bias))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w, b: OPS.linear_fwd(x[..., :4], w, b),
+        lambda x, w, b: OPS.linear_fwd(x, w, b[:3]),
+        lambda x, w, b: OPS.linear_fwd(x, w.float(), b),
+        lambda x, w, b: OPS.linear_fwd(x.half(), w.half(), b.half()),
+        lambda x, w, b: OPS.linear_dgrad(x, w),
+        lambda x, w, b: OPS.linear_wgrad(x[:1], x, False),
+    ],
+)
+def test_ops_check_their_arguments(call: Callable[..., Any]) -> None:
+    with pytest.raises(RuntimeError, match="fastconv::"):
+        call(*operands())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_a_break(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for leading in ((2, 3), (4, 5)):
+        inputs = [leaf(t) for t in operands(leading)]
+        got, want = compiled(*inputs), linear(*inputs)
+        assert_close(got, want)
+        dy = torch.randn_like(want)
+        assert_close(torch.autograd.grad(got, inputs, dy), torch.autograd.grad(want, inputs, dy))
