@@ -24,11 +24,6 @@ FC_INLINE PhaseLayout phase_layout(const Pool2dProblem& a) {
   return {a.stride_w, a.pad_left, pitch, needed < a.W ? needed : a.W};
 }
 
-template <class T>
-FC_INLINE void fill(T* p, int64_t count, T value) {
-  for (int64_t i = 0; i < count; ++i) p[i] = value;
-}
-
 // Writes the columns of one row into their phases and leaves the padding as it is. source(w, n) gives columns w, w+1, ...; only
 // the first n lanes matter when n is less than a vector.
 template <class T, class Source>
@@ -68,20 +63,6 @@ FC_INLINE void split_row(const PhaseLayout& layout, T* phases, const Source& sou
         if (++phase == layout.stride) phase = 0, ++j;
       }
     }
-  }
-}
-
-// A whole vector, or its first n lanes where the row ends.
-template <class T>
-FC_INLINE vec<T> load_up_to(const T* p, int n) {
-  return n >= kLanes<T> ? load(p) : load(p, n);
-}
-template <class T>
-FC_INLINE void store_up_to(T* p, vec<T> a, int n) {
-  if (n >= kLanes<T>) {
-    store(p, a);
-  } else {
-    store(p, a, n);
   }
 }
 

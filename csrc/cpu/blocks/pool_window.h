@@ -83,9 +83,28 @@ FC_INLINE bool pool_has_empty_window(const Pool2dProblem& p) {
   return !p.adaptive && (pool_has_empty_window(pool_axis_h(p)) || pool_has_empty_window(pool_axis_w(p)));
 }
 
-// Windows of all columns, worked out once: adaptive windows cost two divisions each.
-FC_INLINE void pool_windows(const PoolAxis& a, PoolWindow* windows) {
-  for (int64_t o = 0; o < a.out; ++o) windows[o] = pool_window(a, o);
+// All windows of a problem, worked out once for all threads: an adaptive window costs four divisions, more than a small sum.
+struct PoolWindows {
+  PoolWindow *rows, *cols;  // (P), (Q)
+  static FC_INLINE int64_t bytes(const Pool2dProblem& p) { return (p.P + p.Q) * int64_t(sizeof(PoolWindow)); }
+};
+FC_INLINE PoolWindows pool_windows(const Pool2dProblem& p, void* memory) {
+  PoolWindow* const rows = static_cast<PoolWindow*>(memory);
+  for (int64_t o = 0; o < p.P; ++o) rows[o] = pool_window(pool_axis_h(p), o);
+  for (int64_t o = 0; o < p.Q; ++o) rows[p.P + o] = pool_window(pool_axis_w(p), o);
+  return {rows, rows + p.P};
+}
+
+// All covers of a problem.
+struct PoolCovers {
+  PoolCover *rows, *cols;  // (H), (W)
+  static FC_INLINE int64_t bytes(const Pool2dProblem& p) { return (p.H + p.W) * int64_t(sizeof(PoolCover)); }
+};
+FC_INLINE PoolCovers pool_covers(const Pool2dProblem& p, void* memory) {
+  PoolCover* const rows = static_cast<PoolCover*>(memory);
+  for (int64_t i = 0; i < p.H; ++i) rows[i] = pool_cover(pool_axis_h(p), i);
+  for (int64_t i = 0; i < p.W; ++i) rows[p.H + i] = pool_cover(pool_axis_w(p), i);
+  return {rows, rows + p.H};
 }
 
 // Taps of a typical window, for cost().
@@ -123,6 +142,25 @@ FC_INLINE vec<T> pool_max(vec<T> value, vec<T> best) {
 
 template <class T>
 inline constexpr T kPoolLowest = -__builtin_inff();
+
+// A whole vector, or its first n lanes where the row ends.
+template <class T>
+FC_INLINE vec<T> load_up_to(const T* p, int n) {
+  return n >= kLanes<T> ? load(p) : load(p, n);
+}
+template <class T>
+FC_INLINE void store_up_to(T* p, vec<T> a, int n) {
+  if (n >= kLanes<T>) {
+    store(p, a);
+  } else {
+    store(p, a, n);
+  }
+}
+
+template <class T>
+FC_INLINE void fill(T* p, int64_t count, T value) {
+  for (int64_t i = 0; i < count; ++i) p[i] = value;
+}
 
 // Predicted seconds of `cycles` on all threads; the clock is nominal, since costs are only compared.
 FC_INLINE double pool_seconds(double cycles, const Machine& machine) { return cycles / 3e9 / machine.threads; }

@@ -34,15 +34,14 @@ FC_INLINE T reduce(const Pool2dProblem& a, const T* y, const Counts& counts, con
 template <class T>
 void run(const Pool2dProblem& a, const Pool2dArgs& args, const Context& context) {
   const Counts counts = make_counts(a, static_cast<int64_t*>(context.workspace));
-  PoolCover* const columns = reinterpret_cast<PoolCover*>(counts.cols + a.Q);
-  for (int64_t w = 0; w < a.W; ++w) columns[w] = pool_cover(pool_axis_w(a), w);
+  const PoolCovers covers = pool_covers(a, counts.cols + a.Q);
   parallel_ranges(context, a.N * a.C * a.H, [&](int, int64_t begin, int64_t end) {
     PoolPlace at(begin, a.C, a.H);
     for (int64_t task = begin; task < end; ++task, at.advance(a.C, a.H)) {
-      const PoolCover ps = pool_cover(pool_axis_h(a), at.row);
+      const PoolCover ps = covers.rows[at.row];
       const T* y = static_cast<const T*>(args.y) + at.n * a.y.n + at.c * a.y.c;
       T* x = static_cast<T*>(args.x) + at.n * a.x.n + at.c * a.x.c + at.row * a.x.h;
-      for (int64_t w = 0; w < a.W; ++w) x[w * a.x.w] = reduce(a, y, counts, ps, columns[w]);
+      for (int64_t w = 0; w < a.W; ++w) x[w * a.x.w] = reduce(a, y, counts, ps, covers.cols[w]);
     }
   });
 }
@@ -59,7 +58,7 @@ double cost(const Pool2dProblem& a, const Machine& machine) {
 }
 
 int64_t workspace(const Pool2dProblem& a, const Machine&) {
-  return (a.P + a.Q) * int64_t(sizeof(int64_t)) + a.W * int64_t(sizeof(PoolCover));
+  return (a.P + a.Q) * int64_t(sizeof(int64_t)) + PoolCovers::bytes(a);
 }
 
 template <class T>

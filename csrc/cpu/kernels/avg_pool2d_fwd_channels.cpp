@@ -1,6 +1,6 @@
 // avg_pool2d_fwd.channels: NHWC. Vectors run along the channels; the taps of a window are streamed past accumulators.
 #include "cpu/blocks/parallel.h"
-#include "cpu/blocks/pool_window.h"
+#include "cpu/blocks/pool_channels.h"
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
@@ -12,59 +12,37 @@ constexpr int kVectors = 4;
 
 // --- transform: none, x is read where it lies.
 
-// --- reduce: one window for kV vectors of channels from x (at the plane's origin) on; n channels, whole vectors unless kV is 1.
-// Each row of the window is summed on its own, so that rounding grows with R + S and not with R * S.
+// --- reduce: one output, kV vectors of channels; n channels, whole vectors unless kV is 1.
 template <int kV, class T>
 FC_INLINE void reduce(const Pool2dProblem& a, const T* x, const PoolWindow& rows, const PoolWindow& cols, T* y, int n) {
-  constexpr int kL = kLanes<T>;
-  vec<T> sum[kV];
+  vec<T> average[kV];
+  average_window(x, {a.x.h, a.x.w}, T(pool_divisor(a, rows, cols)), rows, cols, n, average);
 #pragma GCC unroll 4
-  for (int v = 0; v < kV; ++v) sum[v] = zero<T>();
-  for (int64_t h = rows.begin; h < rows.end; ++h) {
-    vec<T> row_sum[kV];
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) row_sum[v] = zero<T>();
-    for (int64_t w = cols.begin; w < cols.end; ++w) {
-      const T* tap = x + h * a.x.h + w * a.x.w;
-#pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) row_sum[v] = row_sum[v] + (kV > 1 || n == kL ? load(tap + v * kL) : load(tap, n));
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) sum[v] = sum[v] + row_sum[v];
-  }
-  const vec<T> divisor = set1(T(pool_divisor(a, rows, cols)));
-#pragma GCC unroll 4
-  for (int v = 0; v < kV; ++v) {
-    if (kV > 1 || n == kL) {
-      store(y + v * kL, sum[v] / divisor);
-    } else {
-      store(y, sum[v] / divisor, n);
-    }
-  }
+  for (int v = 0; v < kV; ++v) store_up_to(y + v * kLanes<T>, average[v], kV > 1 ? kLanes<T> : n);
 }
 
-// --- run: one task is one block of channels of one output row.
+// --- run: one task is one output row, or one block of its channels where there are too few rows to share out.
 template <class T>
 void run(const Pool2dProblem& a, const Pool2dArgs& args, const Context& context) {
   constexpr int64_t kBlock = kVectors * kLanes<T>;
-  PoolWindow* const columns = static_cast<PoolWindow*>(context.workspace);
-  pool_windows(pool_axis_w(a), columns);
-  const int64_t blocks = pool_ceil_div(a.C, kBlock);
-  parallel_ranges(context, a.N * a.P * blocks, [&](int, int64_t begin, int64_t end) {
+  const PoolWindows windows = pool_windows(a, context.workspace);
+  const int64_t parts = a.N * a.P < 4 * context.machine->threads ? pool_ceil_div(a.C, kBlock) : 1;
+  const int64_t part = pool_round_up(pool_ceil_div(a.C, parts), kBlock);
+  parallel_ranges(context, a.N * a.P * parts, [&](int, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task % blocks, p = task / blocks % a.P, n = task / blocks / a.P;
-      const PoolWindow rows = pool_window(pool_axis_h(a), p);
-      const int64_t c_end = a.C < (block + 1) * kBlock ? a.C : (block + 1) * kBlock;
-      for (int64_t c = block * kBlock; c < c_end;) {
-        const T* x = static_cast<const T*>(args.x) + n * a.x.n + c;
-        T* y = static_cast<T*>(args.y) + n * a.y.n + p * a.y.h + c;
-        if (c_end - c == kBlock) {
-          for (int64_t q = 0; q < a.Q; ++q) reduce<kVectors>(a, x, rows, columns[q], y + q * a.y.w, int(kBlock));
-          c += kBlock;
-        } else {
-          const int lanes = int(c_end - c < kLanes<T> ? c_end - c : kLanes<T>);
-          for (int64_t q = 0; q < a.Q; ++q) reduce<1>(a, x, rows, columns[q], y + q * a.y.w, lanes);
-          c += lanes;
+      const int64_t c_begin = task % parts * part, p = task / parts % a.P, n = task / parts / a.P;
+      const int64_t c_end = a.C < c_begin + part ? a.C : c_begin + part;
+      const T* x = static_cast<const T*>(args.x) + n * a.x.n;
+      const PoolWindow& rows = windows.rows[p];
+      for (int64_t q = 0; q < a.Q; ++q) {
+        const PoolWindow& cols = windows.cols[q];
+        const int64_t offset = n * a.y.n + p * a.y.h + q * a.y.w;
+        T* y = static_cast<T*>(args.y) + offset;
+        int64_t c = c_begin;
+        for (; c + kBlock <= c_end; c += kBlock) reduce<kVectors>(a, x + c, rows, cols, y + c, int(kBlock));
+        for (; c < c_end; c += kLanes<T>) {
+          const int64_t lanes = c_end - c < kLanes<T> ? c_end - c : kLanes<T>;
+          reduce<1>(a, x + c, rows, cols, y + c, int(lanes));
         }
       }
     }
@@ -86,7 +64,7 @@ double cost(const Pool2dProblem& a, const Machine& machine) {
   return pool_seconds(vectors * (15 + pool_taps_h(a) * pool_taps_w(a)), machine);
 }
 
-int64_t workspace(const Pool2dProblem& a, const Machine&) { return a.Q * int64_t(sizeof(PoolWindow)); }
+int64_t workspace(const Pool2dProblem& a, const Machine&) { return PoolWindows::bytes(a); }
 
 template <class T>
 constexpr Kernel<Pool2dProblem> kKernel = {1.0f, reject, cost<T>, workspace, run<T>};

@@ -31,16 +31,15 @@ FC_INLINE Best<T> reduce(const Pool2dProblem& a, const T* plane, const PoolWindo
 // --- run: one task is one output row.
 template <class T>
 void run(const Pool2dProblem& a, const Pool2dArgs& args, const Context& context) {
-  PoolWindow* const columns = static_cast<PoolWindow*>(context.workspace);
-  pool_windows(pool_axis_w(a), columns);
+  const PoolWindows windows = pool_windows(a, context.workspace);
   parallel_ranges(context, a.N * a.C * a.P, [&](int, int64_t begin, int64_t end) {
     PoolPlace at(begin, a.C, a.P);
     for (int64_t task = begin; task < end; ++task, at.advance(a.C, a.P)) {
-      const PoolWindow rows = pool_window(pool_axis_h(a), at.row);
+      const PoolWindow rows = windows.rows[at.row];
       const T* plane = static_cast<const T*>(args.x) + at.n * a.x.n + at.c * a.x.c;
       const int64_t offset = at.n * a.y.n + at.c * a.y.c + at.row * a.y.h;
       for (int64_t q = 0; q < a.Q; ++q) {
-        const Best<T> best = reduce(a, plane, rows, columns[q]);
+        const Best<T> best = reduce(a, plane, rows, windows.cols[q]);
         static_cast<T*>(args.y)[offset + q * a.y.w] = best.value;
         if (args.indices) args.indices[offset + q * a.y.w] = best.index;
       }
@@ -56,7 +55,7 @@ double cost(const Pool2dProblem& a, const Machine& machine) {
   return pool_seconds(double(a.N * a.C * a.P * a.Q) * (20 + 4 * pool_taps_h(a) * pool_taps_w(a)), machine);
 }
 
-int64_t workspace(const Pool2dProblem& a, const Machine&) { return a.Q * int64_t(sizeof(PoolWindow)); }
+int64_t workspace(const Pool2dProblem& a, const Machine&) { return PoolWindows::bytes(a); }
 
 template <class T>
 constexpr Kernel<Pool2dProblem> kKernel = {1.0f, reject, cost, workspace, run<T>};

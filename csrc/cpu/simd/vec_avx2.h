@@ -111,15 +111,8 @@ template <class T>
 FC_INLINE mask<T> first_lanes(int n) {
   return {(typename index_vec<T>::raw)lane_range<T>(0, n)};
 }
-// Bit i is lane i.
-FC_INLINE uint32_t bits(mask<float> a) { return uint32_t(_mm256_movemask_ps((__m256)a.m)); }
-FC_INLINE uint32_t bits(mask<double> a) { return uint32_t(_mm256_movemask_pd((__m256d)a.m)); }
-template <class T>
-FC_INLINE mask<T> equal(index_vec<T> a, index_vec<T> b) {
-  return {a.v == b.v};
-}
 
-// torch's indices are int64 whatever T is: widened and narrowed here, n lanes of them.
+// torch's indices are int64 whatever T is: widened here, the first n lanes.
 FC_INLINE void store_indices(int64_t* p, index_vec<double> a, int n) {
   _mm256_maskstore_epi64((long long*)p, lane_range<double>(0, n), (__m256i)a.v);
 }
@@ -128,17 +121,6 @@ FC_INLINE void store_indices(int64_t* p, index_vec<float> a, int n) {
   const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256((__m256i)a.v, 1));
   _mm256_maskstore_epi64((long long*)p, lane_range<double>(0, n), low);
   _mm256_maskstore_epi64((long long*)p + 4, lane_range<double>(0, n - 4), high);
-}
-template <class T>
-FC_INLINE index_vec<T> load_indices(const int64_t* p, int n) {
-  const __m256i low = _mm256_maskload_epi64((const long long*)p, lane_range<double>(0, n));
-  if constexpr (sizeof(T) == 8) {
-    return {(typename index_vec<T>::raw)low};
-  } else {
-    const __m256i high = _mm256_maskload_epi64((const long long*)p + 4, lane_range<double>(0, n - 4));
-    const __m256 halves = _mm256_shuffle_ps((__m256)low, (__m256)high, _MM_SHUFFLE(2, 0, 2, 0));
-    return {(typename index_vec<T>::raw)_mm256_permute4x64_epi64((__m256i)halves, _MM_SHUFFLE(3, 1, 2, 0))};
-  }
 }
 
 // a and b are one sequence of 2 * lanes: its even and its odd places, and back.

@@ -129,19 +129,8 @@ template <class T>
 FC_INLINE mask<T> first_lanes(int n) {
   return {decltype(mask<T>::m)(lane_range<T>(0, n))};
 }
-// Bit i is lane i.
-template <class T>
-FC_INLINE uint32_t bits(mask<T> a) {
-  return a.m;
-}
-FC_INLINE mask<float> equal(index_vec<float> a, index_vec<float> b) {
-  return {_mm512_cmpeq_epi32_mask((__m512i)a.v, (__m512i)b.v)};
-}
-FC_INLINE mask<double> equal(index_vec<double> a, index_vec<double> b) {
-  return {_mm512_cmpeq_epi64_mask((__m512i)a.v, (__m512i)b.v)};
-}
 
-// torch's indices are int64 whatever T is: widened and narrowed here, n lanes of them.
+// torch's indices are int64 whatever T is: widened here, the first n lanes.
 FC_INLINE void store_indices(int64_t* p, index_vec<float> a, int n) {
   const __m512i v = (__m512i)a.v;
   _mm512_mask_storeu_epi64(p, __mmask8(lane_range<double>(0, n)), _mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)));
@@ -149,17 +138,6 @@ FC_INLINE void store_indices(int64_t* p, index_vec<float> a, int n) {
 }
 FC_INLINE void store_indices(int64_t* p, index_vec<double> a, int n) {
   _mm512_mask_storeu_epi64(p, __mmask8(lane_range<double>(0, n)), (__m512i)a.v);
-}
-template <class T>
-FC_INLINE index_vec<T> load_indices(const int64_t* p, int n) {
-  const __m512i low = _mm512_maskz_loadu_epi64(__mmask8(lane_range<double>(0, n)), p);
-  if constexpr (sizeof(T) == 8) {
-    return {(typename index_vec<T>::raw)low};
-  } else {
-    const __m512i high = _mm512_maskz_loadu_epi64(__mmask8(lane_range<double>(0, n - 8)), p + 8);
-    return {(typename index_vec<T>::raw)_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)),
-                                                           _mm512_cvtepi64_epi32(high), 1)};
-  }
 }
 
 // a and b are one sequence of 2 * lanes: its even and its odd places, and back.

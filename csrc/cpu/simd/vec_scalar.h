@@ -113,28 +113,11 @@ FC_INLINE mask<T> first_lanes(int n) {
   for (int i = 0; i < kLanes<T>; ++i) r.m[i] = i < n ? -1 : 0;
   return r;
 }
-// Bit i is lane i.
-template <class T>
-FC_INLINE uint32_t bits(mask<T> a) {
-  uint32_t r = 0;
-  for (int i = 0; i < kLanes<T>; ++i) r |= uint32_t(a.m[i] & 1) << i;
-  return r;
-}
-template <class T>
-FC_INLINE mask<T> equal(index_vec<T> a, index_vec<T> b) {
-  return {a.v == b.v};
-}
 
-// torch's indices are int64 whatever T is: widened and narrowed here, n lanes of them.
+// torch's indices are int64 whatever T is: widened here, the first n lanes.
 template <class T>
 FC_INLINE void store_indices(int64_t* p, index_vec<T> a, int n) {
   for (int i = 0; i < n && i < kLanes<T>; ++i) p[i] = a.v[i];
-}
-template <class T>
-FC_INLINE index_vec<T> load_indices(const int64_t* p, int n) {
-  index_vec<T> r{};
-  for (int i = 0; i < n && i < kLanes<T>; ++i) r.v[i] = typename index_vec<T>::Int(p[i]);
-  return r;
 }
 
 // a and b are one sequence of 2 * lanes: its even and its odd places, and back.
