@@ -108,7 +108,9 @@ def test_conv2d_paddings(padding: Any, pad4: tuple[int, int, int, int]) -> None:
 def test_conv2d_epilogue(activation: str, layout: Callable[..., Array]) -> None:
     x, w, bias, residual = layout(make((2, 3, 5, 6))), make((4, 3, 3, 3)), make((4,)), make((2, 4, 3, 4))
     got = fn.conv2d(x, w, bias, residual=residual, activation=activation)
-    np.testing.assert_allclose(got, reference.conv2d(x, w, bias, residual, activation=activation), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(
+        got, reference.conv2d(x, w, bias, residual, activation=activation), rtol=1e-12, atol=1e-13
+    )
 
 
 def test_one_image_without_a_batch() -> None:
@@ -136,7 +138,9 @@ def test_max_pool2d(layout: Callable[..., Array], options: dict[str, Any]) -> No
         assert y.transpose(0, 2, 3, 1).flags.c_contiguous
 
 
-def torch_like_max_pool(x: Array, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Any:
+def torch_like_max_pool(
+    x: Array, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Any:
     torch = pytest.importorskip("torch")
     y, indices = torch.nn.functional.max_pool2d(
         torch.from_numpy(x), kernel, stride, padding, dilation, ceil_mode, return_indices=True
@@ -236,7 +240,7 @@ VALUE_ERRORS = {
 
 @pytest.mark.parametrize("name", TYPE_ERRORS)
 def test_type_errors(name: str) -> None:
-    with pytest.raises(TypeError, match="got .*expected"):
+    with pytest.raises(TypeError, match=r"got .*expected"):
         TYPE_ERRORS[name]()
 
 

@@ -40,6 +40,7 @@ def pyproject_version() -> str:
     return match[1]
 
 
+@installed
 def test_one_version() -> None:
     assert fastconv.__version__ == pyproject_version()
 

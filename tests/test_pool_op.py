@@ -60,11 +60,14 @@ def test_nan_ties_and_infinities(channels: int, channels_last: bool) -> None:
         found, expected = ours.max_pool2d(x, *options), theirs.max_pool2d(x, *options)
         for a, b in zip(found, expected, strict=True):
             assert_close(a, b, rtol=0, atol=0, equal_nan=True, check_stride=True)
-        # The sign of a zero says which of two equal elements was taken.
-        assert torch.equal(torch.signbit(found[0]), torch.signbit(expected[0]))
+        # The sign of a zero says which of two equal elements was taken; without indices the same one has to be.
+        for values in (found[0], ours.max_pool2d(x, *options[:-1])):
+            assert_close(values, expected[0], rtol=0, atol=0, equal_nan=True, check_stride=True)
+            assert torch.equal(torch.signbit(values), torch.signbit(expected[0]))
     found, expected = ours.adaptive_max_pool2d(x, (4, 5), True), theirs.adaptive_max_pool2d(x, (4, 5), True)
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert_close(ours.adaptive_max_pool2d(x, (4, 5)), expected[0], rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_last_nan_and_the_first_of_equals() -> None:

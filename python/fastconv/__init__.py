@@ -14,7 +14,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import _C, _native, functional, models, nn, numpy, plan, reference, testing
+    from . import functional, models, nn, numpy
     from .control import build_info, explain, kernels, set_accuracy, use
     from .convert import convert, revert
     from .fallback import FallbackWarning, fallback_counts, set_fallback

@@ -9,16 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from . import _conv_checks as checks
+from . import plan
 from ._arguments import INT_MAX
 from ._conv_checks import Geometry
 from ._routes import for_torch, overridden, plain_pair
 from .ops import conv2d as ops
 from .ops import linear as linear_ops
+from .ops._conv2d_kernels import Recipe, follow, fwd_recipe
+from .ops._dispatch import DTYPES, KERNEL, usual
+
+_get_threads = torch.get_num_threads
+_forced = plan.forced.get
 
 Size = int | Sequence[int]
 Pair = tuple[int, int]
@@ -59,8 +66,21 @@ def conv2d(
 
     Raises RuntimeError where shapes, dtypes, devices or values do not fit, TypeError where an argument has the wrong type.
     """
+    how = usual(input, weight, bias)
+    if how is not None and _is_option(stride) and _is_option(padding) and _is_option(dilation) and type(groups) is int:
+        recipe = _recipe(
+            input.shape, input.stride(), weight.shape, weight.stride(), input.dtype, weight.dtype,
+            None if bias is None else bias.shape, None if bias is None else bias.dtype, stride, padding, dilation, groups,
+            _get_threads(), _forced().get("conv2d_fwd", ""), plan.strict,
+        )  # fmt: skip
+        if recipe is not None:
+            if how is KERNEL:
+                return follow(recipe, input, weight, bias)
+            return ops.apply_conv2d(input, weight, bias, recipe)
     if plain_pair(input, weight, bias):
-        options = _usual(input.shape, weight.shape, bias, stride, padding, dilation, groups)
+        options = _usual(
+            input.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation, groups
+        )
         if options is not None:
             return ops.conv2d(input, weight, bias, *options, groups)
     return _general("conv2d", 2, False, conv2d, input, weight, bias, stride, padding, dilation, groups)
@@ -126,7 +146,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns (*, O). float32 and float64 on the CPU run on our kernels. Raises RuntimeError where shapes, dtypes or devices do
     not fit, TypeError where an argument is no tensor.
     """
-    if plain_pair(input, weight, bias) and _usual_linear(input, weight, bias):
+    how = usual(input, weight, bias)
+    if how is not None:
+        recipe = _linear_recipe(
+            input.shape, weight.shape, weight.stride(), input.dtype, weight.dtype,
+            None if bias is None else bias.shape, None if bias is None else bias.dtype,
+            _get_threads(), _forced().get("conv2d_fwd", ""), plan.strict,
+        )  # fmt: skip
+        if recipe is not None:
+            if how is KERNEL:
+                return linear_ops.follow(recipe, input, weight, bias)
+            return linear_ops.apply_linear(input, weight, bias, recipe)
+    if plain_pair(input, weight, bias) and _usual_linear(
+        input.shape, weight.shape, None if bias is None else bias.shape
+    ):
         return linear_ops.linear(input, weight, bias)
     if has_torch_function_variadic(input, weight, bias):
         return overridden(linear, F.linear, (input, weight, bias), input, weight, bias)  # type: ignore[no-any-return]
@@ -136,23 +169,40 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.check_linear("linear", input, weight, bias)
     if 0 in input.shape or 0 in weight.shape:
         return F.linear(input, weight, bias)
-    if not _usual_linear(input, weight, bias):
+    if not _usual_linear(input.shape, weight.shape, None if bias is None else bias.shape):
         for_torch("linear", tensors, True, "weight is a vector" if weight.dim() == 1 else "bias is broadcast")
         return F.linear(input, weight, bias)
     return linear_ops.linear(input, weight, bias)
 
 
-def _usual_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if weight.dim() != 2 or input.dim() == 0:
-        return False
-    outputs, features = weight.shape
+def _usual_linear(input: Sequence[int], weight: Sequence[int], bias: Sequence[int] | None) -> bool:
     return (
-        outputs > 0
-        and features > 0
-        and input.shape[-1] == features
-        and input.numel() > 0
-        and (bias is None or (bias.dim() == 1 and bias.shape[0] == outputs))
+        len(weight) == 2
+        and len(input) > 0
+        and input[-1] == weight[1]
+        and 0 not in weight
+        and 0 not in input
+        and (bias is None or (len(bias) == 1 and bias[0] == weight[0]))
     )
+
+
+@plan.cached
+def _linear_recipe(
+    input: plan.Shape,
+    weight: plan.Shape,
+    weight_strides: plan.Shape,
+    dtype: Any,
+    weight_dtype: Any,
+    bias: Sequence[int] | None,
+    bias_dtype: Any,
+    *chosen: Any,
+) -> linear_ops.Recipe | None:
+    """As `_recipe`, for linear."""
+    if dtype not in DTYPES or weight_dtype is not dtype or (bias is not None and bias_dtype is not dtype):
+        return None
+    if not _usual_linear(input, weight, bias):
+        return None
+    return linear_ops.fwd_recipe(input, weight, weight_strides, dtype, bias is not None, *chosen)
 
 
 def _pair(value: Any, least: int) -> Pair | None:
@@ -169,7 +219,7 @@ def _pair(value: Any, least: int) -> Pair | None:
 def _usual(
     input: Sequence[int],
     weight: Sequence[int],
-    bias: Tensor | None,
+    bias: Sequence[int] | None,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -191,9 +241,45 @@ def _usual(
         and 0 < H > down * (R - 1) - 2 * top
         and 0 < W > across * (S - 1) - 2 * left
         and C > 0
-        and (bias is None or (bias.dim() == 1 and bias.shape[0] == K))
+        and (bias is None or (len(bias) == 1 and bias[0] == K))
     )
     return (strides, (top, top, left, left), dilations) if fits else None
+
+
+def _is_option(value: Any) -> bool:
+    """Whether the value is an int or a pair of ints by type: a key cannot tell 1 from 1.0, and torch does."""
+    kind = type(value)
+    return kind is int or (kind is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int)
+
+
+@plan.cached
+def _recipe(
+    input: plan.Shape,
+    input_strides: plan.Shape,
+    weight: plan.Shape,
+    weight_strides: plan.Shape,
+    dtype: Any,
+    weight_dtype: Any,
+    bias: plan.Shape | None,
+    bias_dtype: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    threads: int,
+    force: str,
+    strict: bool,
+) -> Recipe | None:
+    """The recipe of a call as it was written, so that the usual call looks up one key; None where `_general` has to look."""
+    if dtype not in DTYPES or weight_dtype is not dtype or (bias is not None and bias_dtype is not dtype):
+        return None
+    options = _usual(input, weight, bias, stride, padding, dilation, groups)
+    if options is None:
+        return None
+    return fwd_recipe(
+        input, input_strides, weight, weight_strides, dtype, *options, groups, bias is not None, None, "none",
+        threads, force, strict,
+    )  # fmt: skip
 
 
 def _general(

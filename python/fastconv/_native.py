@@ -9,10 +9,6 @@ import importlib.util
 import os
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
-
-if TYPE_CHECKING:
-    from . import _C
 
 
 def _share_openmp_with_torch() -> None:
@@ -34,15 +30,14 @@ def _share_openmp_with_torch() -> None:
 
 
 @functools.cache
-def load() -> _C:
+def load() -> ModuleType:
     """The module `fastconv._C`. Raises ImportError, in one sentence that says what to do, where it cannot be loaded."""
     _share_openmp_with_torch()
     try:
-        module: ModuleType = importlib.import_module("fastconv._C")
+        return importlib.import_module("fastconv._C")
     except ImportError as error:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise ImportError(
             f"fastconv's compiled module cannot be loaded under Python {version} ({error}); "
             "run `pip install --force-reinstall --no-deps fastconv`, or `pip install .` in a clone, with this Python."
         ) from error
-    return cast("_C", module)

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from . import _pool_checks as checks
+from . import plan
 from ._arguments import INT_MAX, boolean, integer, tensor
 from ._pool_checks import Windows
 from ._routes import for_torch, overridden, plain
 from .ops import avg_pool2d as avg_ops
 from .ops import max_pool2d as max_ops
+from .ops._dispatch import DTYPES, KERNEL, usual
+from .ops.pool2d import Recipe, chosen
 
 Size = int | Sequence[int]
 OptionalSize = int | Sequence[int | None]
@@ -71,9 +74,9 @@ def max_pool2d_with_indices(
     The positions are int64, flat within the (H, W) plane. The other arguments are those of `max_pool2d`.
     """
     if plain(input):
-        usual = _usual(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
-        if usual is not None:
-            return max_ops.max_pool2d(input, *usual, ceil_mode)
+        windows = _usual(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+        if windows is not None:
+            return max_ops.max_pool2d(input, *windows, ceil_mode)
     options = kernel_size, stride, padding, dilation, ceil_mode
     return _max("max_pool2d", 2, max_pool2d_with_indices, F.max_pool2d_with_indices, input, options)  # type: ignore[no-any-return]
 
@@ -96,11 +99,17 @@ def max_pool2d(
     plane). NaN beats every number, and among equals the first wins. float32 and float64 on the CPU run on our kernels, other
     dtypes and devices go to torch. Raises RuntimeError where sizes or values do not fit, TypeError for a wrong type.
     """
+    how = None if return_indices else usual(input, input, None)
+    if how is not None and _are_options(kernel_size, stride, padding, dilation, ceil_mode):
+        options = kernel_size, stride, padding, dilation, ceil_mode
+        recipe = _max_recipe(input.shape, input.stride(), input.dtype, *options, *chosen("max_pool2d_fwd"))
+        if recipe is not None:
+            return max_ops.follow(input, recipe) if how is KERNEL else max_ops.follow_with_gradient(input, recipe)[0]
     if plain(input):
-        usual = _usual(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
-        if usual is not None:
+        windows = _usual(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+        if windows is not None:
             pool = max_ops.max_pool2d if return_indices else max_ops.max_values2d
-            return pool(input, *usual, ceil_mode)
+            return pool(input, *windows, ceil_mode)
     if return_indices:
         return max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode, True)
     return _max("max_pool2d", 2, max_pool2d, F.max_pool2d, input, (kernel_size, stride, padding, dilation, ceil_mode))
@@ -161,6 +170,39 @@ def _usual(
     return Windows(kernel, strides, pads, dilations) if fits else None
 
 
+def _are_options(kernel_size: Any, stride: Any, padding: Any, dilation: Any, flag: Any) -> bool:
+    """Whether these are ints, pairs of ints and a bool by type: a key cannot tell 1 from 1.0 and True, and torch does."""
+    for value in (kernel_size, padding, dilation, kernel_size if stride is None else stride):
+        kind = type(value)
+        if kind is not int and (
+            kind is not tuple or len(value) != 2 or type(value[0]) is not int or type(value[1]) is not int
+        ):
+            return False
+    return flag is True or flag is False
+
+
+@plan.cached
+def _max_recipe(
+    shape: plan.Shape, strides: plan.Shape, dtype: Any, kernel: Any, stride: Any, padding: Any, dilation: Any,
+    ceil_mode: bool, *chosen: Any,
+) -> Recipe | None:  # fmt: skip
+    """The recipe of a call as it was written, so that the usual call looks up one key; None where `_max` has to look."""
+    windows = _usual(shape, kernel, stride, padding, dilation, ceil_mode) if dtype in DTYPES else None
+    return None if windows is None else max_ops.fwd_recipe(shape, strides, dtype, *windows, ceil_mode, chosen)
+
+
+@plan.cached
+def _avg_recipe(
+    shape: plan.Shape, strides: plan.Shape, dtype: Any, kernel: Any, stride: Any, padding: Any,
+    ceil_mode: bool, count_include_pad: bool, *chosen: Any,
+) -> Recipe | None:  # fmt: skip
+    """The same for averages."""
+    windows = _usual(shape, kernel, stride, padding, 1, ceil_mode) if dtype in DTYPES else None
+    if windows is None:
+        return None
+    return avg_ops.fwd_recipe(shape, strides, dtype, *windows[:3], ceil_mode, count_include_pad, None, chosen)
+
+
 def _pair(value: Any) -> Pair | None:
     """An int or a pair of ints that a C int holds; None where the general way has to look."""
     if type(value) is int:
@@ -215,10 +257,16 @@ def avg_pool2d(
     pixels. A window's sum is divided by divisor_override, or by the pixels in it, with the padding's unless count_include_pad is
     False; what ceil_mode adds beyond the padding never counts. Results, dtypes and errors as for `max_pool2d`.
     """
-    if plain(input) and divisor_override is None and (count_include_pad is True or count_include_pad is False):
-        usual = _usual(input.shape, kernel_size, stride, padding, 1, ceil_mode)
-        if usual is not None:
-            return avg_ops.avg_pool2d(input, *usual[:3], ceil_mode, count_include_pad, None)
+    if divisor_override is None and (count_include_pad is True or count_include_pad is False):
+        if usual(input, input, None) is KERNEL and _are_options(kernel_size, stride, padding, 1, ceil_mode):
+            windows = kernel_size, stride, padding, ceil_mode, count_include_pad
+            recipe = _avg_recipe(input.shape, input.stride(), input.dtype, *windows, *chosen("avg_pool2d_fwd"))
+            if recipe is not None:
+                return avg_ops.follow(input, recipe)
+        if plain(input):
+            found = _usual(input.shape, kernel_size, stride, padding, 1, ceil_mode)
+            if found is not None:
+                return avg_ops.avg_pool2d(input, *found[:3], ceil_mode, count_include_pad, None)
     options = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
     return _avg("avg_pool2d", 2, avg_pool2d, input, options)
 

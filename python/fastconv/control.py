@@ -12,8 +12,8 @@ from . import _native, plan
 
 if TYPE_CHECKING:
     from . import _C
-
-_native_module = _native.load()
+else:
+    _C = _native.load()
 
 
 def kernels(op: str | None = None) -> list[_C.KernelInfo]:
@@ -22,12 +22,12 @@ def kernels(op: str | None = None) -> list[_C.KernelInfo]:
     """
     if op is not None:
         plan.check_op(op)
-    return [kernel for kernel in _native_module.kernels() if op is None or kernel.op == op]
+    return [kernel for kernel in _C.kernels() if op is None or kernel.op == op]
 
 
 def build_info() -> dict[str, Any]:
     """What was built (version, compiler, flags, targets, openmp, cuda and cuda_reason) and the machine it runs on (machine)."""
-    return {**_native_module.build(), "machine": _native_module.machine()}
+    return {**_C.build(), "machine": _C.machine()}
 
 
 @contextlib.contextmanager
@@ -63,9 +63,8 @@ def _check_choice(op: str, choice: str) -> None:
 
 
 def set_accuracy(mode: Literal["fast", "strict"]) -> None:
-    """ "strict": never a kernel whose rounding error grows faster than a plain sum's (error_growth > 1). "fast", the default: any.
-
-    For the whole process. Raises ValueError for another mode.
+    """With "strict", no kernel runs whose rounding error grows faster than a plain sum's (error_growth > 1); with "fast", the
+    default, any may. For the whole process. Raises ValueError for another mode.
     """
     if mode not in ("fast", "strict"):
         raise ValueError(f"set_accuracy: got {mode!r}, expected 'fast' or 'strict'")
@@ -118,8 +117,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
         print(fastconv.explain("conv2d_fwd", x, w, stride=2, padding=1))
 
-    The arguments are those of `fastconv.functional.conv2d`, `max_pool2d` or `avg_pool2d`, for the gradients too: what is explained
-    then is the backward pass of that call. No kernel runs. Choices by `use`, `set_accuracy` and the number of threads count.
+    The arguments are those of `fastconv.functional.conv2d`, `max_pool2d` or `avg_pool2d`, for the gradients too: what is then
+    explained is the backward pass of that call. No kernel runs. Choices by `use`, `set_accuracy` and the number of threads count.
 
     Raises ValueError for an unknown op, NotImplementedError for a call that torch answers, and what the call itself would raise.
     """
@@ -143,17 +142,19 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     for question, dtype, shapes in asked:
         if question[0] == op:
             return _explained(question, dtype, shapes)
-    raise NotImplementedError(f"{op}: this call asks no kernel of fastconv's; torch answers it, or there is nothing to compute")
+    raise NotImplementedError(
+        f"{op}: this call asks no kernel of fastconv's; torch answers it, or there is nothing to compute"
+    )
 
 
 def _explained(question: plan.Question, dtype: str, shapes: tuple[plan.Shape, ...]) -> Explanation:
     try:
-        chosen = _native_module.plan(*question).kernel
+        chosen = _C.plan(*question).kernel
     except NotImplementedError:
         chosen = None
     return Explanation(
         op=question[0],
         problem=f"{', '.join('x'.join(map(str, shape)) for shape in shapes)}, {dtype}, {question[2]} threads",
-        candidates=tuple(Candidate(*row) for row in _native_module.explain(*question)),
+        candidates=tuple(Candidate(*row) for row in _C.explain(*question)),
         chosen=chosen,
     )

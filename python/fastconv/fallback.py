@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from typing import Literal, get_args
@@ -36,6 +37,14 @@ def fallback_counts() -> dict[tuple[str, str], int]:
         return dict(_counts)
 
 
+def _callers_level() -> int:
+    """`stacklevel` of the first frame, seen from `note`, that is neither in this package nor in torch's layers."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fastconv", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def note(op: str, reason: str) -> None:
     """Counts a call of `op` that torch is about to answer because of `reason`, and warns or raises as `set_fallback` says."""
     with _lock:
@@ -49,5 +58,5 @@ def note(op: str, reason: str) -> None:
             f"{op} runs on torch's kernels, not fastconv's: {reason}. Hint: fastconv.fallback_counts() counts these calls, "
             "fastconv.set_fallback('error') stops at them, 'silent' hides this.",
             FallbackWarning,
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )

@@ -2,9 +2,9 @@
 
     y = fastconv.numpy.conv2d(x, w, bias, stride=2, padding="same", activation="relu")
 
-Arrays are float32 or float64, indexed (N, C, H, W) as everywhere in this package, or (C, H, W) for one image. What is channels_last
-is a matter of memory: pass `nhwc.transpose(0, 3, 1, 2)`, which costs nothing, and get a result whose memory lies the same way. Other
-strides are copied first. The kernels are those of the torch layers, and `fastconv.use` and `fastconv.observe` apply.
+Arrays are float32 or float64, indexed (N, C, H, W) as everywhere in this package, or (C, H, W) for one image. NHWC is a matter of
+memory: pass `nhwc.transpose(0, 3, 1, 2)`, which costs nothing, and get a result whose memory lies the same way. Other strides are
+copied first. The kernels are those of the torch layers, and `fastconv.use` and `fastconv.observe` apply.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def conv2d(
     """activation(conv(x, w) + bias + residual), as `torch.nn.functional.conv2d` defines the convolution.
 
     x: (N, C, H, W) or (C, H, W); w: (K, C/groups, R, S); bias: (K); residual: the shape of the result. All of one dtype.
-    stride, dilation: an int or (height, width), in pixels. padding, in pixels of zeros: an int, (height, width), (top, bottom, left,
-    right), "valid" (none) or "same" (with stride 1 the result has the size of x; an odd pixel goes to the bottom and right).
+    stride, dilation: an int or (height, width), in pixels. padding, in pixels of zeros: an int, (height, width), (top, bottom,
+    left, right), "valid" (none) or "same" (with stride 1 the result has the size of x; an odd pixel goes to the end).
     activation: "none", "relu", "relu6", "silu", "hardswish", "gelu" (the erf form) or "sigmoid".
     threads: at most so many; None: torch's number if torch is imported, else OMP_NUM_THREADS or the cores of this process.
 
@@ -61,8 +61,10 @@ def conv2d(
     K, per_group, R, S = w.shape
     strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     groups = _integer("groups", groups, 1)
-    if C != per_group * groups or K % groups or not K * C * R * S:
-        raise ValueError(f"w: got shape {w.shape} with groups={groups}, expected (K, {C}/groups, R, S) for x of shape {x.shape}")
+    if per_group * groups != C or K % groups or not K * C * R * S:
+        raise ValueError(
+            f"w: got shape {w.shape} with groups={groups}, expected (K, {C}/groups, R, S) for x of shape {x.shape}"
+        )
     pads = _four_sides(padding, (R, S), strides, dilations)
     P = conv_output_size(H, R, strides[0], pads[0], pads[1], dilations[0])
     Q = conv_output_size(W, S, strides[1], pads[2], pads[3], dilations[1])
@@ -79,7 +81,9 @@ def conv2d(
     y = _empty((N, K, P, Q), x.dtype, last)
     if residual is not None:
         shape = y.shape if x.ndim == 4 else y.shape[1:]
-        residual = _dense(_batch("residual", _expect("residual", _array("residual", residual), x.dtype, shape=shape)), last)
+        residual = _dense(
+            _batch("residual", _expect("residual", _array("residual", residual), x.dtype, shape=shape)), last
+        )
     if y.size:
         image, w = _dense(image, last), _whole_strides(w)
         made = _conv2d_plan(
@@ -197,7 +201,9 @@ def _pool2d_plan(
     return plan.make(op, problem, dtype, (x, y), threads, force, strict)
 
 
-def _pool(op: str, image: Array, y: Array, indices: Array | None, options: tuple[Any, ...], threads: int | None) -> None:
+def _pool(
+    op: str, image: Array, y: Array, indices: Array | None, options: tuple[Any, ...], threads: int | None
+) -> None:
     last = _is_channels_last(image)
     image = _dense(image, last)
     made = _pool2d_plan(op, image.shape, y.shape, last, _DTYPES[image.dtype], options, *_chosen(op, threads))
@@ -227,9 +233,10 @@ def _array(name: str, value: Any) -> Array:
         if not hasattr(value, "__dlpack__"):
             raise TypeError(f"{name}: got {type(value).__name__}, expected an ndarray or an object with __dlpack__")
         value = np.from_dlpack(value)
-    if value.dtype not in _DTYPES:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32 or float64")
-    return value
+    array: Array = value
+    if array.dtype not in _DTYPES:
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected float32 or float64")
+    return array
 
 
 def _expect(
@@ -275,7 +282,8 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], last: bool) -> Array:
     if not last:
         return np.empty(shape, dtype)
     N, C, H, W = shape
-    return np.empty((N, H, W, C), dtype).transpose(0, 3, 1, 2)
+    nhwc = np.empty((N, H, W, C), dtype)
+    return np.moveaxis(nhwc, 3, 1)
 
 
 def _address(a: Array | None) -> int:

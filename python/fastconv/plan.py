@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from . import _native
 
-_C = _native.load()
+if TYPE_CHECKING:
+    from . import _C
+else:
+    _C = _native.load()
 
 Shape = tuple[int, ...]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,7 +32,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Recipes kept for each op. A recipe and its key take about 2 kB, and a large detector meets some hundred problems.
 CACHE_SIZE = 1024
 
-OPS = ("conv2d_fwd", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d_fwd", "max_pool2d_bwd", "avg_pool2d_fwd", "avg_pool2d_bwd")
+OPS = (
+    "conv2d_fwd",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "max_pool2d_fwd",
+    "max_pool2d_bwd",
+    "avg_pool2d_fwd",
+    "avg_pool2d_bwd",
+)
 
 
 # ---- What the user asked for: forced kernels and accuracy -----------------------------------------------------------------
@@ -53,8 +64,10 @@ def check_op(op: str) -> None:
         raise ValueError(f"unknown op '{op}', expected one of {', '.join(OPS)}")
 
 
+_environment: Mapping[str, str] = parse_force(os.environ.get("FASTCONV_FORCE", ""))
+
 # Choices by op, in this context only (thread or task). Read at every call, so it is a plain dict that nobody mutates.
-forced: ContextVar[Mapping[str, str]] = ContextVar("fastconv_forced", default=parse_force(os.environ.get("FASTCONV_FORCE", "")))
+forced: ContextVar[Mapping[str, str]] = ContextVar("fastconv_forced", default=_environment)
 
 # True: never a kernel whose error grows faster than a plain sum's.
 strict = False
@@ -63,7 +76,9 @@ strict = False
 # ---- Plans ----------------------------------------------------------------------------------------------------------------
 
 
-Question = tuple[str, Any, int, str, bool]  # op, problem, threads, forced kernel, strict: what _C.plan and _C.explain take
+Question = tuple[
+    str, Any, int, str, bool
+]  # op, problem, threads, forced kernel, strict: what _C.plan and _C.explain take
 
 
 class Plan:
@@ -83,7 +98,9 @@ class Plan:
         self.shapes = shapes
 
     def execute(self, *addresses: int) -> None:
-        block = scratch(self.workspace)
+        block = _kept.block
+        if self.workspace > block[0]:
+            block = scratch(self.workspace)
         if _observers:
             self._execute_watched(*addresses, block[1])
         else:
@@ -182,8 +199,8 @@ def make(
     force: str,
     strict: bool,
 ) -> Plan:
-    """A new plan: ask for it inside a `cached` function. Raises NotImplementedError with each kernel's reason where none applies."""
-    question = (op, problem, threads, force, strict)
+    """A new plan, to be asked for in a `cached` function. Raises NotImplementedError, with reasons, where no kernel applies."""
+    question: Question = (op, problem, threads, force, strict)
     shapes = tuple(tuple(shape) for shape in shapes)
     try:
         native = _C.plan(*question)
@@ -196,7 +213,9 @@ def make(
     if os.environ.get("FASTCONV_LOG", "0") not in ("", "0"):
         cost = next(cost for name, _, cost in _C.explain(*question) if name == made.kernel)
         sizes = " ".join("x".join(map(str, shape)) for shape in shapes)
-        print(f"fastconv: {op} {sizes}: {made.kernel}, {cost * 1e6:.1f} us predicted, {threads} threads", file=sys.stderr)
+        print(
+            f"fastconv: {op} {sizes}: {made.kernel}, {cost * 1e6:.1f} us predicted, {threads} threads", file=sys.stderr
+        )
     return made
 
 
@@ -235,9 +254,12 @@ def scratch(nbytes: int) -> Block:
 
 
 def strides_of(shape: Shape, channels_last: bool) -> Shape:
-    """Strides of a dense (N, C, H, W) tensor, as torch.empty gives them: no stride is 0, even where a size is."""
-    _, C, H, W = (max(size, 1) for size in shape)
-    return (H * W * C, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1)
+    """Strides of a dense (N, C, H, W) tensor, as torch.empty gives them: in plain order none is 0, even where a size is."""
+    _, C, H, W = shape
+    if channels_last:
+        return (H * W * C, 1, W * C, C)
+    C, H, W = max(C, 1), max(H, 1), max(W, 1)
+    return (C * H * W, H * W, W, 1)
 
 
 def is_dense(shape: Shape, strides: Shape, channels_last: bool) -> bool:

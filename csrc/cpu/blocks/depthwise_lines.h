@@ -22,10 +22,10 @@ inline constexpr int64_t kLineBytes = 20 * 1024;
 // reach - 1, of which not all need be used.
 struct LineWindow {
   int64_t reach, slots;
-  bool rolling; // slot = row modulo slots, so rows stay from one tile to the
-                // next; otherwise dilation makes that too long
+  bool rolling;  // slot = row modulo slots, so rows stay from one tile to the
+                 // next; otherwise dilation makes that too long
 
-  FC_INLINE LineWindow(const Conv2dProblem &a, int64_t tile_rows) {
+  FC_INLINE LineWindow(const Conv2dProblem& a, int64_t tile_rows) {
     reach = (tile_rows - 1) * a.stride_h + (a.R - 1) * a.dilation_h + 1;
     const int64_t used = tile_rows * a.R;
     rolling = reach <= 2 * used;
@@ -35,20 +35,22 @@ struct LineWindow {
 
 // `lines[i]` becomes the copy of input row h0 + i. Rows outside of the input
 // are a line of zeros.
-template <class T> class LineRing {
-public:
-  const T **lines; // [reach]
+template <class T>
+class LineRing {
+ public:
+  const T** lines;  // [reach]
 
-  FC_INLINE LineRing(const LineWindow &window, int64_t line_size, Arena &arena)
-      : lines(arena.take<const T *>(window.reach)), window_(window),
-        size_(line_size), zeros_(arena.take<T>(line_size)),
+  FC_INLINE LineRing(const LineWindow& window, int64_t line_size, Arena& arena)
+      : lines(arena.take<const T*>(window.reach)),
+        window_(window),
+        size_(line_size),
+        zeros_(arena.take<T>(line_size)),
         ring_(arena.take<T>(window.slots * line_size)),
         missing_(arena.take<int64_t>(window.slots)),
-        to_(arena.take<T *>(window.slots)) {}
+        to_(arena.take<T*>(window.slots)) {}
 
   FC_INLINE void fill_zeros() {
-    for (int64_t i = 0; i < size_; ++i)
-      zeros_[i] = T(0);
+    for (int64_t i = 0; i < size_; ++i) zeros_[i] = T(0);
   }
   // To be called when the block changes: forgets every row.
   FC_INLINE void clear() { next_ = INT64_MIN; }
@@ -56,72 +58,58 @@ public:
   // Makes lines[0..rows) for the input rows h0.. of `height`; copy(h, to,
   // count) copies `count` rows h[i] to to[i].
   template <class Copy>
-  FC_INLINE void fetch(int64_t h0, int64_t rows, int64_t height,
-                       const Copy &copy) {
-    const int64_t begin = clamp(-h0, 0, rows),
-                  end = clamp(height - h0, begin, rows);
-    for (int64_t i = 0; i < begin; ++i)
-      lines[i] = zeros_;
-    for (int64_t i = end; i < window_.reach; ++i)
-      lines[i] = zeros_;
-    if (begin == end)
-      return;
+  FC_INLINE void fetch(int64_t h0, int64_t rows, int64_t height, const Copy& copy) {
+    const int64_t begin = clamp(-h0, 0, rows), end = clamp(height - h0, begin, rows);
+    for (int64_t i = 0; i < begin; ++i) lines[i] = zeros_;
+    for (int64_t i = end; i < window_.reach; ++i) lines[i] = zeros_;
+    if (begin == end) return;
     // 32 bits: a division of 64 takes as long as a tile on CPUs before Ice
     // Lake.
     uint32_t slot = uint32_t(h0 + begin) % uint32_t(window_.slots);
     int64_t count = 0;
     for (int64_t i = begin; i < end; ++i) {
-      T *line = ring_ + slot * size_;
+      T* line = ring_ + slot * size_;
       lines[i] = line;
-      if (h0 + i >= next_)
-        missing_[count] = h0 + i, to_[count++] = line;
-      if (++slot == window_.slots)
-        slot = 0;
+      if (h0 + i >= next_) missing_[count] = h0 + i, to_[count++] = line;
+      if (++slot == window_.slots) slot = 0;
     }
     next_ = h0 + end;
-    if (count > 0)
-      copy(missing_, to_, count);
+    if (count > 0) copy(missing_, to_, count);
   }
   // The same without a ring, for the rows h0 + b*stride + r*dilation alone.
   template <class Copy>
-  FC_INLINE void fetch_scattered(const Conv2dProblem &a, int64_t h0,
-                                 int64_t tile_rows, const Copy &copy) {
+  FC_INLINE void fetch_scattered(const Conv2dProblem& a, int64_t h0, int64_t tile_rows, const Copy& copy) {
     int64_t count = 0;
-    for (int64_t i = 0; i < window_.reach; ++i)
-      lines[i] = zeros_;
+    for (int64_t i = 0; i < window_.reach; ++i) lines[i] = zeros_;
     for (int64_t b = 0; b < tile_rows; ++b) {
       for (int64_t r = 0; r < a.R; ++r) {
         const int64_t i = b * a.stride_h + r * a.dilation_h, h = h0 + i;
-        if (h < 0 || h >= a.H || lines[i] != zeros_)
-          continue;
-        T *line = ring_ + count * size_;
+        if (h < 0 || h >= a.H || lines[i] != zeros_) continue;
+        T* line = ring_ + count * size_;
         lines[i] = line;
         missing_[count] = h, to_[count++] = line;
       }
     }
-    if (count > 0)
-      copy(missing_, to_, count);
+    if (count > 0) copy(missing_, to_, count);
   }
   // Either, for output rows p0 .. p0 + tile_rows - 1.
   template <class Copy>
-  FC_INLINE void fetch_tile(const Conv2dProblem &a, int64_t p0,
-                            int64_t tile_rows, const Copy &copy) {
+  FC_INLINE void fetch_tile(const Conv2dProblem& a, int64_t p0, int64_t tile_rows, const Copy& copy) {
     const int64_t h0 = p0 * a.stride_h - a.pad_top;
     if (window_.rolling) {
-      fetch(h0, (tile_rows - 1) * a.stride_h + (a.R - 1) * a.dilation_h + 1,
-            a.H, copy);
+      fetch(h0, (tile_rows - 1) * a.stride_h + (a.R - 1) * a.dilation_h + 1, a.H, copy);
     } else {
       fetch_scattered(a, h0, tile_rows, copy);
     }
   }
 
-private:
+ private:
   LineWindow window_;
   int64_t size_;
   T *zeros_, *ring_;
-  int64_t *missing_;
-  T **to_;
-  int64_t next_ = INT64_MIN; // rows from here on are not in the ring
+  int64_t* missing_;
+  T** to_;
+  int64_t next_ = INT64_MIN;  // rows from here on are not in the ring
 };
 
 // --- vectors over channels (NHWC): a line is [vector of
@@ -129,43 +117,36 @@ private:
 
 // How K, Q are cut into blocks whose lines fit kLineBytes. `pixels` is the
 // width of a register tile.
-template <class T> struct ChannelBlocks {
-  int64_t vectors;      // of all K channels
-  EvenSplit of_vectors; // into blocks of channels
+template <class T>
+struct ChannelBlocks {
+  int64_t vectors;       // of all K channels
+  EvenSplit of_vectors;  // into blocks of channels
   int64_t q_size, q_blocks;
-  int64_t columns; // of a line
+  int64_t columns;  // of a line
   LineWindow window;
 
-  FC_INLINE ChannelBlocks(const Conv2dProblem &a, int64_t pixels)
-      : vectors((a.K + kLanes<T> - 1) / kLanes<T>), of_vectors(vectors, 1),
-        window(a, 1) {
-    const int64_t column_bytes = window.slots * kVectorBytes,
-                  tail = (a.S - 1) * a.dilation_w + 1;
+  FC_INLINE ChannelBlocks(const Conv2dProblem& a, int64_t pixels)
+      : vectors((a.K + kLanes<T> - 1) / kLanes<T>), of_vectors(vectors, 1), window(a, 1) {
+    const int64_t column_bytes = window.slots * kVectorBytes, tail = (a.S - 1) * a.dilation_w + 1;
     // At least two vectors, 128 bytes: x comes in pairs of cache lines.
     const int64_t fewest = vectors < 2 ? vectors : 2;
-    int64_t most_q =
-        (kLineBytes / (column_bytes * fewest) - tail) / a.stride_w + 1;
+    int64_t most_q = (kLineBytes / (column_bytes * fewest) - tail) / a.stride_w + 1;
     most_q = most_q < 2 * pixels ? 2 * pixels : most_q / pixels * pixels;
     q_blocks = (a.Q + most_q - 1) / most_q;
     q_size = round_up((a.Q + q_blocks - 1) / q_blocks, pixels);
     q_blocks = (a.Q + q_size - 1) / q_size;
     columns = (q_size - 1) * a.stride_w + tail;
-    of_vectors = EvenSplit(
-        vectors, clamp(kLineBytes / (column_bytes * columns), fewest, vectors));
+    of_vectors = EvenSplit(vectors, clamp(kLineBytes / (column_bytes * columns), fewest, vectors));
   }
-  FC_INLINE int64_t line_size() const {
-    return of_vectors.largest() * columns * kLanes<T>;
-  }
+  FC_INLINE int64_t line_size() const { return of_vectors.largest() * columns * kLanes<T>; }
 };
 
 // kVectors vectors of each pixel, which are all full.
 template <class T, int kVectors>
-FC_INLINE void copy_pixels(const T *from, int64_t from_step, int64_t count,
-                           T *to, int64_t vector_step) {
+FC_INLINE void copy_pixels(const T* from, int64_t from_step, int64_t count, T* to, int64_t vector_step) {
   for (int64_t j = 0; j < count; ++j) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      store(to + v * vector_step, load(from + v * kLanes<T>));
+    for (int v = 0; v < kVectors; ++v) store(to + v * vector_step, load(from + v * kLanes<T>));
     from += from_step, to += kLanes<T>;
   }
 }
@@ -173,30 +154,24 @@ FC_INLINE void copy_pixels(const T *from, int64_t from_step, int64_t count,
 // Copies a row of x from column w0 on (which may be negative: padding),
 // channels k0.. of `vectors` vectors.
 template <class T>
-FC_INLINE void copy_channels(const Conv2dProblem &a, int64_t multiplier,
-                             const T *x_row, int64_t k0, int64_t vectors,
-                             int64_t w0, int64_t columns, T *line) {
+FC_INLINE void copy_channels(const Conv2dProblem& a, int64_t multiplier, const T* x_row, int64_t k0, int64_t vectors, int64_t w0,
+                             int64_t columns, T* line) {
   constexpr int kL = kLanes<T>;
-  const int64_t begin = clamp(-w0, 0, columns),
-                end = clamp(a.W - w0, begin, columns),
-                vector_step = columns * kL;
+  const int64_t begin = clamp(-w0, 0, columns), end = clamp(a.W - w0, begin, columns), vector_step = columns * kL;
   for (int64_t v = 0; v < vectors; ++v) {
-    T *to = line + v * vector_step;
-    for (int64_t j = 0; j < begin; ++j)
-      store(to + j * kL, zero<T>());
-    for (int64_t j = end; j < columns; ++j)
-      store(to + j * kL, zero<T>());
+    T* to = line + v * vector_step;
+    for (int64_t j = 0; j < begin; ++j) store(to + j * kL, zero<T>());
+    for (int64_t j = end; j < columns; ++j) store(to + j * kL, zero<T>());
   }
-  const T *from = x_row + (w0 + begin) * a.x.w;
-  T *to = line + begin * kL;
+  const T* from = x_row + (w0 + begin) * a.x.w;
+  T* to = line + begin * kL;
   if (multiplier != 1) {
     for (int64_t j = begin; j < end; ++j, from += a.x.w, to += kL) {
       int64_t c = k0 / multiplier, m = k0 % multiplier;
       for (int64_t v = 0; v < vectors; ++v) {
         for (int i = 0; i < kL; ++i) {
           to[v * vector_step + i] = k0 + v * kL + i < a.K ? from[c] : T(0);
-          if (++m == multiplier)
-            m = 0, ++c;
+          if (++m == multiplier) m = 0, ++c;
         }
       }
     }
@@ -207,35 +182,30 @@ FC_INLINE void copy_channels(const Conv2dProblem &a, int64_t multiplier,
   if (last < kL) {
     --vectors;
     for (int64_t j = 0; j < end - begin; ++j) {
-      store(to + vectors * vector_step + j * kL,
-            load(from + j * a.x.w + vectors * kL, last));
+      store(to + vectors * vector_step + j * kL, load(from + j * a.x.w + vectors * kL, last));
     }
   }
   for (; vectors >= 4; vectors -= 4, from += 4 * kL, to += 4 * vector_step) {
     copy_pixels<T, 4>(from, a.x.w, end - begin, to, vector_step);
   }
-  if (vectors == 3)
-    copy_pixels<T, 3>(from, a.x.w, end - begin, to, vector_step);
-  if (vectors == 2)
-    copy_pixels<T, 2>(from, a.x.w, end - begin, to, vector_step);
-  if (vectors == 1)
-    copy_pixels<T, 1>(from, a.x.w, end - begin, to, vector_step);
+  if (vectors == 3) copy_pixels<T, 3>(from, a.x.w, end - begin, to, vector_step);
+  if (vectors == 2) copy_pixels<T, 2>(from, a.x.w, end - begin, to, vector_step);
+  if (vectors == 1) copy_pixels<T, 1>(from, a.x.w, end - begin, to, vector_step);
 }
 
 // --- vectors along the row (NCHW): a line is [column modulo stride][column /
 // stride], so that neighbouring outputs read neighbours
 
-template <class T> struct RowBlocks {
+template <class T>
+struct RowBlocks {
   int64_t q_size, q_blocks;
-  int64_t columns; // of one residue
+  int64_t columns;  // of one residue
   LineWindow window;
 
-  FC_INLINE RowBlocks(const Conv2dProblem &a, int64_t tile_rows)
-      : window(a, tile_rows) {
+  FC_INLINE RowBlocks(const Conv2dProblem& a, int64_t tile_rows) : window(a, tile_rows) {
     constexpr int64_t kL = kLanes<T>;
     const int64_t tail = ((a.S - 1) * a.dilation_w) / a.stride_w;
-    const int64_t line_elements =
-        kLineBytes / int64_t(sizeof(T)) / (window.slots * a.stride_w);
+    const int64_t line_elements = kLineBytes / int64_t(sizeof(T)) / (window.slots * a.stride_w);
     int64_t most_q = (line_elements - tail) / kL * kL;
     most_q = most_q < 2 * kL ? 2 * kL : most_q;
     q_blocks = (a.Q + most_q - 1) / most_q;
@@ -243,13 +213,10 @@ template <class T> struct RowBlocks {
     q_blocks = (a.Q + q_size - 1) / q_size;
     columns = round_up(q_size + tail, kL);
   }
-  FC_INLINE int64_t line_size(const Conv2dProblem &a) const {
-    return columns * a.stride_w;
-  }
+  FC_INLINE int64_t line_size(const Conv2dProblem& a) const { return columns * a.stride_w; }
   // Where in a line the input of tap s for the block's first output is.
-  FC_INLINE int64_t offset(const Conv2dProblem &a, int64_t s) const {
-    return s * a.dilation_w % a.stride_w * columns +
-           s * a.dilation_w / a.stride_w;
+  FC_INLINE int64_t offset(const Conv2dProblem& a, int64_t s) const {
+    return s * a.dilation_w % a.stride_w * columns + s * a.dilation_w / a.stride_w;
   }
 };
 
@@ -257,8 +224,7 @@ template <class T> struct RowBlocks {
 // inner loop, because which lanes of a vector exist is the same for all of
 // them.
 template <class T>
-FC_INLINE void copy_rows(const Conv2dProblem &a, const T *x, const int64_t *h,
-                         T *const *to, int64_t count, int64_t w0,
+FC_INLINE void copy_rows(const Conv2dProblem& a, const T* x, const int64_t* h, T* const* to, int64_t count, int64_t w0,
                          int64_t columns) {
   constexpr int64_t kL = kLanes<T>;
   if (a.x.w != 1 || a.stride_w > 2) {
@@ -266,8 +232,7 @@ FC_INLINE void copy_rows(const Conv2dProblem &a, const T *x, const int64_t *h,
       for (int64_t residue = 0; residue < a.stride_w; ++residue) {
         for (int64_t j = 0; j < columns; ++j) {
           const int64_t w = w0 + j * a.stride_w + residue;
-          to[i][residue * columns + j] =
-              w >= 0 && w < a.W ? x[h[i] * a.x.h + w * a.x.w] : T(0);
+          to[i][residue * columns + j] = w >= 0 && w < a.W ? x[h[i] * a.x.h + w * a.x.w] : T(0);
         }
       }
     }
@@ -280,19 +245,16 @@ FC_INLINE void copy_rows(const Conv2dProblem &a, const T *x, const int64_t *h,
     const int lo = first(w), hi = last(w);
     if (a.stride_w == 1) {
       if (lo == 0 && hi == kL) {
-        for (int64_t i = 0; i < count; ++i)
-          store(to[i] + j, load(x + h[i] * a.x.h + w));
+        for (int64_t i = 0; i < count; ++i) store(to[i] + j, load(x + h[i] * a.x.h + w));
       } else {
-        for (int64_t i = 0; i < count; ++i)
-          store(to[i] + j, load_range(x + h[i] * a.x.h + w, lo, hi));
+        for (int64_t i = 0; i < count; ++i) store(to[i] + j, load_range(x + h[i] * a.x.h + w, lo, hi));
       }
     } else {
       const int lo2 = first(w + kL), hi2 = last(w + kL);
       for (int64_t i = 0; i < count; ++i) {
         vec<T> even, odd;
-        const T *from = x + h[i] * a.x.h + w;
-        deinterleave(load_range(from, lo, hi), load_range(from + kL, lo2, hi2),
-                     even, odd);
+        const T* from = x + h[i] * a.x.h + w;
+        deinterleave(load_range(from, lo, hi), load_range(from + kL, lo2, hi2), even, odd);
         store(to[i] + j, even);
         store(to[i] + columns + j, odd);
       }
@@ -300,4 +262,4 @@ FC_INLINE void copy_rows(const Conv2dProblem &a, const T *x, const int64_t *h,
   }
 }
 
-} // namespace fastconv::FASTCONV_TARGET
+}  // namespace fastconv::FASTCONV_TARGET

@@ -15,51 +15,49 @@ namespace fastconv::FASTCONV_TARGET {
 // cycles on two FMA ports. AVX-512 holds all 25 of a 5x5 beside y and x; with
 // 16 registers it is one column of five, and for 7x7 one of seven everywhere:
 // in NCHW a row of x then serves seven taps.
-template <int kS> struct TapTile;
-template <> struct TapTile<2> {
+template <int kS>
+struct TapTile;
+template <>
+struct TapTile<2> {
   static constexpr int rows = 2, columns = 2;
 };
-template <> struct TapTile<3> {
+template <>
+struct TapTile<3> {
   static constexpr int rows = 3, columns = 3;
 };
-template <> struct TapTile<5> {
+template <>
+struct TapTile<5> {
   static constexpr int rows = 5, columns = kVectorRegisters == 32 ? 5 : 1;
 };
-template <> struct TapTile<7> {
+template <>
+struct TapTile<7> {
   static constexpr int rows = 7, columns = 1;
 };
 
 // visit.template operator()<rows, columns>(r, s) for tiles that cover rows
 // r_begin..r_end and all S columns of a filter.
 template <int kS, class Visit>
-FC_INLINE void for_each_tap_tile(int64_t r_begin, int64_t r_end, int64_t S,
-                                 const Visit &visit) {
+FC_INLINE void for_each_tap_tile(int64_t r_begin, int64_t r_end, int64_t S, const Visit& visit) {
   constexpr int kRows = TapTile<kS>::rows, kColumns = TapTile<kS>::columns;
   int64_t r = r_begin;
   for (; r + kRows <= r_end; r += kRows) {
     int64_t s = 0;
-    for (; s + kColumns <= S; s += kColumns)
-      visit.template operator()<kRows, kColumns>(r, s);
+    for (; s + kColumns <= S; s += kColumns) visit.template operator()<kRows, kColumns>(r, s);
     for (; s < S; ++s) {
-      for (int i = 0; i < kRows; ++i)
-        visit.template operator()<1, 1>(r + i, s);
+      for (int i = 0; i < kRows; ++i) visit.template operator()<1, 1>(r + i, s);
     }
   }
   for (; r < r_end; ++r) {
-    for (int64_t s = 0; s < S; ++s)
-      visit.template operator()<1, 1>(r, s);
+    for (int64_t s = 0; s < S; ++s) visit.template operator()<1, 1>(r, s);
   }
 }
 
 // Calls visit.template operator()<S of the register tile>().
 template <class Visit>
-FC_INLINE void with_tap_tile(int64_t S, const Visit &visit) {
-  if (S == 7)
-    return visit.template operator()<7>();
-  if (S == 5)
-    return visit.template operator()<5>();
-  if (S % 2 == 0)
-    return visit.template operator()<2>();
+FC_INLINE void with_tap_tile(int64_t S, const Visit& visit) {
+  if (S == 7) return visit.template operator()<7>();
+  if (S == 5) return visit.template operator()<5>();
+  if (S % 2 == 0) return visit.template operator()<2>();
   return visit.template operator()<3>();
 }
 
@@ -69,49 +67,28 @@ FC_INLINE void with_tap_tile(int64_t S, const Visit &visit) {
 // rows long.
 inline constexpr int64_t kWantedTasks = 16, kPieceRows = 16;
 
-FC_INLINE EvenSplit row_pieces(int64_t rows, int64_t rows_at_a_time,
-                               int64_t blocks) {
-  const int64_t most = rows * rows_at_a_time / kPieceRows,
-                wanted = (kWantedTasks + blocks - 1) / blocks;
+FC_INLINE EvenSplit row_pieces(int64_t rows, int64_t rows_at_a_time, int64_t blocks) {
+  const int64_t most = rows * rows_at_a_time / kPieceRows, wanted = (kWantedTasks + blocks - 1) / blocks;
   const int64_t pieces = clamp(wanted, 1, most < 1 ? 1 : most);
   return EvenSplit(rows, (rows + pieces - 1) / pieces);
 }
 
 template <class T>
-void depthwise_wgrad_channels_run(const Conv2dProblem &a,
-                                  const Conv2dArgs &args,
-                                  const Context &context);
+void depthwise_wgrad_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
 template <class T>
-int64_t depthwise_wgrad_channels_workspace(const Conv2dProblem &a,
-                                           const Machine &machine);
+int64_t depthwise_wgrad_channels_workspace(const Conv2dProblem& a, const Machine& machine);
 template <class T>
-void depthwise_wgrad_rows_run(const Conv2dProblem &a, const Conv2dArgs &args,
-                              const Context &context);
+void depthwise_wgrad_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
 template <class T>
-int64_t depthwise_wgrad_rows_workspace(const Conv2dProblem &a,
-                                       const Machine &machine);
+int64_t depthwise_wgrad_rows_workspace(const Conv2dProblem& a, const Machine& machine);
 
-extern template void depthwise_wgrad_channels_run<float>(const Conv2dProblem &,
-                                                         const Conv2dArgs &,
-                                                         const Context &);
-extern template void depthwise_wgrad_channels_run<double>(const Conv2dProblem &,
-                                                          const Conv2dArgs &,
-                                                          const Context &);
-extern template int64_t
-depthwise_wgrad_channels_workspace<float>(const Conv2dProblem &,
-                                          const Machine &);
-extern template int64_t
-depthwise_wgrad_channels_workspace<double>(const Conv2dProblem &,
-                                           const Machine &);
-extern template void depthwise_wgrad_rows_run<float>(const Conv2dProblem &,
-                                                     const Conv2dArgs &,
-                                                     const Context &);
-extern template void depthwise_wgrad_rows_run<double>(const Conv2dProblem &,
-                                                      const Conv2dArgs &,
-                                                      const Context &);
-extern template int64_t
-depthwise_wgrad_rows_workspace<float>(const Conv2dProblem &, const Machine &);
-extern template int64_t
-depthwise_wgrad_rows_workspace<double>(const Conv2dProblem &, const Machine &);
+extern template void depthwise_wgrad_channels_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template void depthwise_wgrad_channels_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template int64_t depthwise_wgrad_channels_workspace<float>(const Conv2dProblem&, const Machine&);
+extern template int64_t depthwise_wgrad_channels_workspace<double>(const Conv2dProblem&, const Machine&);
+extern template void depthwise_wgrad_rows_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template void depthwise_wgrad_rows_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template int64_t depthwise_wgrad_rows_workspace<float>(const Conv2dProblem&, const Machine&);
+extern template int64_t depthwise_wgrad_rows_workspace<double>(const Conv2dProblem&, const Machine&);
 
-} // namespace fastconv::FASTCONV_TARGET
+}  // namespace fastconv::FASTCONV_TARGET

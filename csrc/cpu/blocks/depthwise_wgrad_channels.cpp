@@ -15,43 +15,41 @@ namespace {
 // of a sample, then all samples of the piece.
 
 // One row of y for one vector of channels.
-template <class T> struct RowProduct {
-  const T *const *lines; // of x, [filter row * dilation_h]
+template <class T>
+struct RowProduct {
+  const T* const* lines;  // of x, [filter row * dilation_h]
   int64_t line_offset;
   int64_t R, S, stride, dilation_h, dilation_w;
-  int64_t r_begin, r_end; // filter rows that meet the input
-  const T *y;
+  int64_t r_begin, r_end;  // filter rows that meet the input
+  const T* y;
   int64_t y_step, pixels;
   int lanes;
   bool bias;
-  T *sums; // [R][S][lane], then [lane] of the bias
+  T* sums;  // [R][S][lane], then [lane] of the bias
 };
 
 // --- transform: only the copied lines.
 
 // --- multiply
 template <class T, int kRows, int kColumns, bool kFull>
-FC_INLINE void multiply_taps(const RowProduct<T> &a, int64_t r0, int64_t s0) {
+FC_INLINE void multiply_taps(const RowProduct<T>& a, int64_t r0, int64_t s0) {
   constexpr int kL = kLanes<T>;
   vec<T> sum[kRows][kColumns];
-  const T *x[kRows];
+  const T* x[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    x[r] = a.lines[(r0 + r) * a.dilation_h] + a.line_offset +
-           s0 * a.dilation_w * kL;
+    x[r] = a.lines[(r0 + r) * a.dilation_h] + a.line_offset + s0 * a.dilation_w * kL;
 #pragma GCC unroll 8
-    for (int s = 0; s < kColumns; ++s)
-      sum[r][s] = zero<T>();
+    for (int s = 0; s < kColumns; ++s) sum[r][s] = zero<T>();
   }
-  const T *y = a.y;
+  const T* y = a.y;
   const int64_t tap_step = a.dilation_w * kL, pixel_step = a.stride * kL;
   for (int64_t q = 0; q < a.pixels; ++q) {
     const vec<T> dy = kFull ? load(y) : load(y, a.lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int s = 0; s < kColumns; ++s)
-        sum[r][s] = fma(dy, load(x[r] + s * tap_step), sum[r][s]);
+      for (int s = 0; s < kColumns; ++s) sum[r][s] = fma(dy, load(x[r] + s * tap_step), sum[r][s]);
       x[r] += pixel_step;
     }
     y += a.y_step;
@@ -60,35 +58,36 @@ FC_INLINE void multiply_taps(const RowProduct<T> &a, int64_t r0, int64_t s0) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int s = 0; s < kColumns; ++s) {
-      T *to = a.sums + ((r0 + r) * a.S + s0 + s) * kL;
+      T* to = a.sums + ((r0 + r) * a.S + s0 + s) * kL;
       store(to, load(to) + sum[r][s]);
     }
   }
 }
 
-template <class T, int kS> void multiply_row(const RowProduct<T> &a) {
+template <class T, int kS>
+void multiply_row(const RowProduct<T>& a) {
   constexpr int kL = kLanes<T>;
-  for_each_tap_tile<kS>(a.r_begin, a.r_end, a.S,
-                        [&]<int kRows, int kColumns>(int64_t r, int64_t s) {
-                          if (a.lanes == kL) {
-                            multiply_taps<T, kRows, kColumns, true>(a, r, s);
-                          } else {
-                            multiply_taps<T, kRows, kColumns, false>(a, r, s);
-                          }
-                        });
+  for_each_tap_tile<kS>(a.r_begin, a.r_end, a.S, [&]<int kRows, int kColumns>(int64_t r, int64_t s) {
+    if (a.lanes == kL) {
+      multiply_taps<T, kRows, kColumns, true>(a, r, s);
+    } else {
+      multiply_taps<T, kRows, kColumns, false>(a, r, s);
+    }
+  });
   if (a.bias) {
     vec<T> sum = zero<T>();
-    for (int64_t q = 0; q < a.pixels; ++q)
-      sum = sum + load(a.y + q * a.y_step, a.lanes);
-    T *to = a.sums + a.R * a.S * kL;
+    for (int64_t q = 0; q < a.pixels; ++q) sum = sum + load(a.y + q * a.y_step, a.lanes);
+    T* to = a.sums + a.R * a.S * kL;
     store(to, load(to) + sum);
   }
 }
 
-template <class T> using RowFunction = void (*)(const RowProduct<T> &);
+template <class T>
+using RowFunction = void (*)(const RowProduct<T>&);
 
 // Adds n values, a multiple of the lanes, to `to` and clears them.
-template <class T> FC_INLINE void move_sums(T *from, T *to, int64_t n) {
+template <class T>
+FC_INLINE void move_sums(T* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     store(to + i, load(to + i) + load(from + i));
     store(from + i, zero<T>());
@@ -96,76 +95,62 @@ template <class T> FC_INLINE void move_sums(T *from, T *to, int64_t n) {
 }
 
 // What one thread works in.
-template <class T> struct Scratch {
-  T *sample_sums; // [vector of the block][R*S + 1][lane]
-  T *piece_sums;  // the same
+template <class T>
+struct Scratch {
+  T* sample_sums;  // [vector of the block][R*S + 1][lane]
+  T* piece_sums;   // the same
   LineRing<T> ring;
 
-  FC_INLINE Scratch(const Conv2dProblem &a, const ChannelBlocks<T> &blocks,
-                    Arena &arena)
-      : sample_sums(arena.take<T>(blocks.of_vectors.largest() *
-                                  (a.R * a.S + 1) * kLanes<T>)),
-        piece_sums(arena.take<T>(blocks.of_vectors.largest() * (a.R * a.S + 1) *
-                                 kLanes<T>)),
+  FC_INLINE Scratch(const Conv2dProblem& a, const ChannelBlocks<T>& blocks, Arena& arena)
+      : sample_sums(arena.take<T>(blocks.of_vectors.largest() * (a.R * a.S + 1) * kLanes<T>)),
+        piece_sums(arena.take<T>(blocks.of_vectors.largest() * (a.R * a.S + 1) * kLanes<T>)),
         ring(blocks.window, blocks.line_size(), arena) {}
 };
 
-template <class T> struct Layout {
+template <class T>
+struct Layout {
   ChannelBlocks<T> blocks;
-  EvenSplit pieces; // of the N*P rows of y
-  int64_t sums;     // elements of the sums of one vector: R*S taps and the bias
-  int64_t per_thread; // bytes
-  int64_t partial;    // elements of the sums of one piece; they come before the
-                      // threads' scratch
+  EvenSplit pieces;    // of the N*P rows of y
+  int64_t sums;        // elements of the sums of one vector: R*S taps and the bias
+  int64_t per_thread;  // bytes
+  int64_t partial;     // elements of the sums of one piece; they come before the
+                       // threads' scratch
 
-  FC_INLINE explicit Layout(const Conv2dProblem &a)
-      : blocks(a, 1), pieces(row_pieces(a.N * a.P, 1, blocks.of_vectors.parts)),
-        sums((a.R * a.S + 1) * kLanes<T>) {
+  FC_INLINE explicit Layout(const Conv2dProblem& a)
+      : blocks(a, 1), pieces(row_pieces(a.N * a.P, 1, blocks.of_vectors.parts)), sums((a.R * a.S + 1) * kLanes<T>) {
     Arena arena(nullptr);
     Scratch<T>(a, blocks, arena);
     per_thread = arena.used();
     partial = blocks.vectors * sums;
   }
-  FC_INLINE int64_t partial_bytes() const {
-    return round_up(pieces.parts * partial * int64_t(sizeof(T)), 64);
-  }
+  FC_INLINE int64_t partial_bytes() const { return round_up(pieces.parts * partial * int64_t(sizeof(T)), 64); }
 };
 
 // Sums rows begin..end of the N*P rows of y for one block of channels into
 // scratch.piece_sums.
 template <class T>
-void sum_piece(const Conv2dProblem &a, const Conv2dArgs &args,
-               const Layout<T> &layout, Scratch<T> &scratch,
-               RowFunction<T> multiply, int64_t block, int64_t begin,
-               int64_t end) {
+void sum_piece(const Conv2dProblem& a, const Conv2dArgs& args, const Layout<T>& layout, Scratch<T>& scratch,
+               RowFunction<T> multiply, int64_t block, int64_t begin, int64_t end) {
   constexpr int kL = kLanes<T>;
-  const ChannelBlocks<T> &blocks = layout.blocks;
-  const int64_t v0 = blocks.of_vectors.begin(block),
-                vectors = blocks.of_vectors.size(block),
-                multiplier = a.K / a.groups;
-  for (int64_t i = 0; i < vectors * layout.sums; ++i)
-    scratch.sample_sums[i] = scratch.piece_sums[i] = T(0);
+  const ChannelBlocks<T>& blocks = layout.blocks;
+  const int64_t v0 = blocks.of_vectors.begin(block), vectors = blocks.of_vectors.size(block), multiplier = a.K / a.groups;
+  for (int64_t i = 0; i < vectors * layout.sums; ++i) scratch.sample_sums[i] = scratch.piece_sums[i] = T(0);
   for (int64_t first = begin; first < end;) {
     const int64_t n = first / a.P, p_begin = first - n * a.P;
     const int64_t p_end = end - n * a.P < a.P ? end - n * a.P : a.P;
     for (int64_t q0 = 0; q0 < a.Q; q0 += blocks.q_size) {
       scratch.ring.clear();
       for (int64_t p = p_begin; p < p_end; ++p) {
-        scratch.ring.fetch_tile(
-            a, p, 1, [&](const int64_t *h, T *const *to, int64_t count) {
-              const T *x = static_cast<const T *>(args.x) + n * a.x.n;
-              for (int64_t i = 0; i < count; ++i) {
-                copy_channels(a, multiplier, x + h[i] * a.x.h, v0 * kL, vectors,
-                              q0 * a.stride_w - a.pad_left, blocks.columns,
-                              to[i]);
-              }
-            });
-        const Range taps =
-            taps_inside(a.R, a.dilation_h, p * a.stride_h - a.pad_top, a.H);
+        scratch.ring.fetch_tile(a, p, 1, [&](const int64_t* h, T* const* to, int64_t count) {
+          const T* x = static_cast<const T*>(args.x) + n * a.x.n;
+          for (int64_t i = 0; i < count; ++i) {
+            copy_channels(a, multiplier, x + h[i] * a.x.h, v0 * kL, vectors, q0 * a.stride_w - a.pad_left, blocks.columns, to[i]);
+          }
+        });
+        const Range taps = taps_inside(a.R, a.dilation_h, p * a.stride_h - a.pad_top, a.H);
         RowProduct<T> row;
         row.lines = scratch.ring.lines;
-        row.R = a.R, row.S = a.S, row.stride = a.stride_w,
-        row.dilation_h = a.dilation_h, row.dilation_w = a.dilation_w;
+        row.R = a.R, row.S = a.S, row.stride = a.stride_w, row.dilation_h = a.dilation_h, row.dilation_w = a.dilation_w;
         row.r_begin = taps.begin, row.r_end = taps.end;
         row.y_step = a.y.w;
         row.pixels = a.Q - q0 < blocks.q_size ? a.Q - q0 : blocks.q_size;
@@ -173,8 +158,7 @@ void sum_piece(const Conv2dProblem &a, const Conv2dArgs &args,
         for (int64_t v = 0; v < vectors; ++v) {
           const int64_t k = (v0 + v) * kL;
           row.line_offset = v * blocks.columns * kL;
-          row.y = static_cast<const T *>(args.y) + n * a.y.n + p * a.y.h +
-                  q0 * a.y.w + k;
+          row.y = static_cast<const T*>(args.y) + n * a.y.n + p * a.y.h + q0 * a.y.w + k;
           row.lanes = a.K - k < kL ? int(a.K - k) : kL;
           row.sums = scratch.sample_sums + v * layout.sums;
           multiply(row);
@@ -188,94 +172,69 @@ void sum_piece(const Conv2dProblem &a, const Conv2dArgs &args,
 
 // dw and the bias gradient of one vector of channels.
 template <class T>
-void write_gradient(const Conv2dProblem &a, const Conv2dArgs &args, int64_t v,
-                    const T *sums) {
+void write_gradient(const Conv2dProblem& a, const Conv2dArgs& args, int64_t v, const T* sums) {
   constexpr int kL = kLanes<T>;
   const int64_t multiplier = a.K / a.groups;
   for (int64_t k = v * kL; k < a.K && k < (v + 1) * kL; ++k) {
-    const T *from = sums + k % kL;
-    T *w = static_cast<T *>(args.w) + k / multiplier * a.w.g +
-           k % multiplier * a.w.k;
+    const T* from = sums + k % kL;
+    T* w = static_cast<T*>(args.w) + k / multiplier * a.w.g + k % multiplier * a.w.k;
     for (int64_t r = 0; r < a.R; ++r) {
-      for (int64_t s = 0; s < a.S; ++s)
-        w[r * a.w.r + s * a.w.s] = from[(r * a.S + s) * kL];
+      for (int64_t s = 0; s < a.S; ++s) w[r * a.w.r + s * a.w.s] = from[(r * a.S + s) * kL];
     }
-    if (a.epilogue.bias)
-      static_cast<T *>(args.bias)[k] = from[a.R * a.S * kL];
+    if (a.epilogue.bias) static_cast<T*>(args.bias)[k] = from[a.R * a.S * kL];
   }
 }
 
-} // namespace
+}  // namespace
 
 // --- run: one task is one block of channels and one piece of the rows.
 template <class T>
-void depthwise_wgrad_channels_run(const Conv2dProblem &a,
-                                  const Conv2dArgs &args,
-                                  const Context &context) {
+void depthwise_wgrad_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
   const Layout<T> layout(a);
-  const ChannelBlocks<T> &blocks = layout.blocks;
+  const ChannelBlocks<T>& blocks = layout.blocks;
   RowFunction<T> multiply = nullptr;
   with_tap_tile(a.S, [&]<int kS>() { multiply = multiply_row<T, kS>; });
   const int64_t pieces = layout.pieces.parts;
-  T *partials = static_cast<T *>(context.workspace);
-  parallel_ranges(
-      context, blocks.of_vectors.parts * pieces,
-      [&](int thread, int64_t begin, int64_t end) {
-        Arena arena(static_cast<char *>(context.workspace) +
-                    layout.partial_bytes() + thread * layout.per_thread);
-        Scratch<T> scratch(a, blocks, arena);
-        scratch.ring.fill_zeros();
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t block = task / pieces, piece = task % pieces,
-                        v0 = blocks.of_vectors.begin(block);
-          const int64_t first = layout.pieces.begin(piece);
-          sum_piece(a, args, layout, scratch, multiply, block, first,
-                    first + layout.pieces.size(piece));
-          for (int64_t v = 0; v < blocks.of_vectors.size(block); ++v) {
-            T *sums = scratch.piece_sums + v * layout.sums;
-            if (pieces == 1) {
-              write_gradient(a, args, v0 + v, sums);
-            } else {
-              T *to =
-                  partials + piece * layout.partial + (v0 + v) * layout.sums;
-              for (int64_t i = 0; i < layout.sums; i += kLanes<T>)
-                store(to + i, load(sums + i));
-            }
-          }
+  T* partials = static_cast<T*>(context.workspace);
+  parallel_ranges(context, blocks.of_vectors.parts * pieces, [&](int thread, int64_t begin, int64_t end) {
+    Arena arena(static_cast<char*>(context.workspace) + layout.partial_bytes() + thread * layout.per_thread);
+    Scratch<T> scratch(a, blocks, arena);
+    scratch.ring.fill_zeros();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / pieces, piece = task % pieces, v0 = blocks.of_vectors.begin(block);
+      const int64_t first = layout.pieces.begin(piece);
+      sum_piece(a, args, layout, scratch, multiply, block, first, first + layout.pieces.size(piece));
+      for (int64_t v = 0; v < blocks.of_vectors.size(block); ++v) {
+        T* sums = scratch.piece_sums + v * layout.sums;
+        if (pieces == 1) {
+          write_gradient(a, args, v0 + v, sums);
+        } else {
+          T* to = partials + piece * layout.partial + (v0 + v) * layout.sums;
+          for (int64_t i = 0; i < layout.sums; i += kLanes<T>) store(to + i, load(sums + i));
         }
-      });
-  if (pieces == 1)
-    return;
-  parallel_ranges(
-      context, blocks.vectors, [&](int, int64_t begin, int64_t end) {
-        for (int64_t v = begin; v < end; ++v) {
-          T *sums = partials + v * layout.sums;
-          for (int64_t piece = 1; piece < pieces; ++piece)
-            move_sums(partials + piece * layout.partial + v * layout.sums, sums,
-                      layout.sums);
-          write_gradient(a, args, v, sums);
-        }
-      });
+      }
+    }
+  });
+  if (pieces == 1) return;
+  parallel_ranges(context, blocks.vectors, [&](int, int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) {
+      T* sums = partials + v * layout.sums;
+      for (int64_t piece = 1; piece < pieces; ++piece)
+        move_sums(partials + piece * layout.partial + v * layout.sums, sums, layout.sums);
+      write_gradient(a, args, v, sums);
+    }
+  });
 }
 
 template <class T>
-int64_t depthwise_wgrad_channels_workspace(const Conv2dProblem &a,
-                                           const Machine &machine) {
+int64_t depthwise_wgrad_channels_workspace(const Conv2dProblem& a, const Machine& machine) {
   const Layout<T> layout(a);
   return layout.partial_bytes() + machine.threads * layout.per_thread;
 }
 
-template void depthwise_wgrad_channels_run<float>(const Conv2dProblem &,
-                                                  const Conv2dArgs &,
-                                                  const Context &);
-template void depthwise_wgrad_channels_run<double>(const Conv2dProblem &,
-                                                   const Conv2dArgs &,
-                                                   const Context &);
-template int64_t
-depthwise_wgrad_channels_workspace<float>(const Conv2dProblem &,
-                                          const Machine &);
-template int64_t
-depthwise_wgrad_channels_workspace<double>(const Conv2dProblem &,
-                                           const Machine &);
+template void depthwise_wgrad_channels_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+template void depthwise_wgrad_channels_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+template int64_t depthwise_wgrad_channels_workspace<float>(const Conv2dProblem&, const Machine&);
+template int64_t depthwise_wgrad_channels_workspace<double>(const Conv2dProblem&, const Machine&);
 
-} // namespace fastconv::FASTCONV_TARGET
+}  // namespace fastconv::FASTCONV_TARGET

@@ -10,15 +10,11 @@ namespace {
 
 // --- contract
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {
-    1.0f, depthwise_reject, depthwise_cost<T>, depthwise_workspace<T>,
-    depthwise_run<T>};
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, depthwise_reject, depthwise_cost<T>, depthwise_workspace<T>, depthwise_run<T>};
 
-} // namespace
+}  // namespace
 
-extern constinit const Kernel<Conv2dProblem> conv2d_fwd_depthwise_f32 =
-    kKernel<float>;
-extern constinit const Kernel<Conv2dProblem> conv2d_fwd_depthwise_f64 =
-    kKernel<double>;
+extern constinit const Kernel<Conv2dProblem> conv2d_fwd_depthwise_f32 = kKernel<float>;
+extern constinit const Kernel<Conv2dProblem> conv2d_fwd_depthwise_f64 = kKernel<double>;
 
-} // namespace fastconv::FASTCONV_TARGET
+}  // namespace fastconv::FASTCONV_TARGET

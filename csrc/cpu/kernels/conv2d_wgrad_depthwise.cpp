@@ -10,29 +10,23 @@ namespace {
 
 // --- run
 template <class T>
-void run(const Conv2dProblem &a, const Conv2dArgs &args,
-         const Context &context) {
-  depthwise_over_channels(a) ? depthwise_wgrad_channels_run<T>(a, args, context)
-                             : depthwise_wgrad_rows_run<T>(a, args, context);
+void run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  depthwise_over_channels(a) ? depthwise_wgrad_channels_run<T>(a, args, context) : depthwise_wgrad_rows_run<T>(a, args, context);
 }
 
 // --- contract
 template <class T>
-int64_t workspace(const Conv2dProblem &a, const Machine &machine) {
-  return depthwise_over_channels(a)
-             ? depthwise_wgrad_channels_workspace<T>(a, machine)
-             : depthwise_wgrad_rows_workspace<T>(a, machine);
+int64_t workspace(const Conv2dProblem& a, const Machine& machine) {
+  return depthwise_over_channels(a) ? depthwise_wgrad_channels_workspace<T>(a, machine)
+                                    : depthwise_wgrad_rows_workspace<T>(a, machine);
 }
 
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {
-    1.0f, depthwise_reject, depthwise_cost<T>, workspace<T>, run<T>};
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, depthwise_reject, depthwise_cost<T>, workspace<T>, run<T>};
 
-} // namespace
+}  // namespace
 
-extern constinit const Kernel<Conv2dProblem> conv2d_wgrad_depthwise_f32 =
-    kKernel<float>;
-extern constinit const Kernel<Conv2dProblem> conv2d_wgrad_depthwise_f64 =
-    kKernel<double>;
+extern constinit const Kernel<Conv2dProblem> conv2d_wgrad_depthwise_f32 = kKernel<float>;
+extern constinit const Kernel<Conv2dProblem> conv2d_wgrad_depthwise_f64 = kKernel<double>;
 
-} // namespace fastconv::FASTCONV_TARGET
+}  // namespace fastconv::FASTCONV_TARGET

@@ -10,16 +10,15 @@ gradients of any order. Padding is (top, bottom, left, right) and may be negativ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import plan
 from ..plan import is_dense, prefers_channels_last, strides_of
-from ._dispatch import DTYPES, check_operands, check_shape, direct
+from ._dispatch import DTYPES, check_operands, check_shape, direct, empty_strided
 
 Pair = tuple[int, int]
 Quad = tuple[int, int, int, int]
@@ -44,36 +43,42 @@ class _Recipe:
         copy_b: torch.memory_format | None = None,
     ) -> None:
         self.plan = made
-        self.out_shape = out_shape
+        self.out_shape = tuple(out_shape)  # a torch.Size is not what empty_strided takes
         self.out_strides = out_strides
         self.copy_a = copy_a
         self.copy_b = copy_b
+
+
+class Forward(NamedTuple):
+    """What the gradients of a convolution need to know of it, besides its operands."""
+
+    x_shape: Shape
+    w_shape: Shape
+    y_shape: Shape
+    x_last: bool  # whether y, dy and dx are channels_last
+    w_last: bool  # the same for dw
+    geometry: tuple[Pair, Quad, Pair, int]  # stride, padding, dilation, groups
+
+
+class Recipe(_Recipe):
+    """The recipe of a forward call."""
+
+    __slots__ = ("forward",)
+    forward: Forward
 
 
 def _copy(shape: Shape, strides: Shape, channels_last: bool) -> torch.memory_format | None:
     return None if is_dense(shape, strides, channels_last) else _FORMAT[channels_last]
 
 
-def output_size(H: int, W: int, R: int, S: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Pair:
+def output_size(
+    H: int, W: int, R: int, S: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Pair:
     """(P, Q) of a convolution; padding is (top, bottom, left, right)."""
     return (
         (H + padding[0] + padding[1] - dilation[0] * (R - 1) - 1) // stride[0] + 1,
         (W + padding[2] + padding[3] - dilation[1] * (S - 1) - 1) // stride[1] + 1,
     )
-
-
-@functools.lru_cache(maxsize=plan.CACHE_SIZE)
-def _known_formats(x: Shape, x_strides: Shape, w: Shape, w_strides: Shape) -> tuple[bool, bool]:
-    w_last = prefers_channels_last(w, w_strides)
-    return w_last or prefers_channels_last(x, x_strides), w_last
-
-
-def formats(x: Tensor, w: Tensor) -> tuple[bool, bool]:
-    """Whether (y, dy and dx, dw) are channels_last. torch's dw follows y; this one follows w, whose layout `w.grad` must have,
-    so that accumulating it is no copy."""
-    if torch.compiler.is_compiling() or type(x.stride(0)) is not int:  # symbolic sizes cannot be hashed
-        return _known_formats.__wrapped__(x.shape, x.stride(), w.shape, w.stride())
-    return _known_formats(x.shape, x.stride(), w.shape, w.stride())
 
 
 def _empty(*shapes: Shape) -> bool:
@@ -84,7 +89,7 @@ def _empty(*shapes: Shape) -> bool:
 
 
 @plan.cached
-def _fwd_recipe(
+def fwd_recipe(
     x: Shape,
     x_strides: Shape,
     w: Shape,
@@ -100,19 +105,24 @@ def _fwd_recipe(
     threads: int,
     force: str,
     strict: bool,
-) -> _Recipe:
-    last = prefers_channels_last(x, x_strides) or prefers_channels_last(w, w_strides)
+) -> Recipe:
+    w_last = prefers_channels_last(w, w_strides)
+    last = w_last or prefers_channels_last(x, x_strides)
     y = (x[0], w[0], *output_size(x[2], x[3], w[2], w[3], stride, padding, dilation))
     y_strides = strides_of(y, last)
+    recipe = Recipe(None, y, y_strides, None)
+    recipe.forward = Forward(x, w, y, last, w_last, (stride, padding, dilation, groups))
     if _empty(x, w, y):
-        return _Recipe(None, y, y_strides, None)
+        return recipe
     problem = plan.conv2d_problem(
         DTYPES[dtype], (x, strides_of(x, last)), (w, w_strides), (y, y_strides),
         stride, padding, dilation, groups, biased, residual_strides is not None, activation,
     )  # fmt: skip
-    made = plan.make("conv2d_fwd", problem, DTYPES[dtype], (x, w, y), threads, force, strict)
-    copy_residual = None if residual_strides is None else _copy(y, residual_strides, last)
-    return _Recipe(made, y, y_strides, _copy(x, x_strides, last), copy_residual)
+    recipe.plan = plan.make("conv2d_fwd", problem, DTYPES[dtype], (x, w, y), threads, force, strict)
+    recipe.copy_a = _copy(x, x_strides, last)
+    if residual_strides is not None:
+        recipe.copy_b = _copy(y, residual_strides, last)
+    return recipe
 
 
 @plan.cached
@@ -176,18 +186,21 @@ def _wgrad_recipe(
 # ---- Kernels: on plain CPU tensors, arguments already checked ---------------------------------------------------------------
 
 
-def run_fwd(
+def find_fwd(
     x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None,
     stride: Pair, padding: Quad, dilation: Pair, groups: int, activation: str,
-) -> Tensor:  # fmt: skip
-    recipe: _Recipe = _fwd_recipe(
+) -> Recipe:  # fmt: skip
+    return fwd_recipe(
         x.shape, x.stride(), w.shape, w.stride(), x.dtype, stride, padding, dilation, groups, bias is not None,
         None if residual is None else residual.stride(), activation,
         _get_threads(), _forced().get("conv2d_fwd", ""), plan.strict,
     )  # fmt: skip
+
+
+def follow(recipe: Recipe, x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     if recipe.copy_a is not None:
         x = x.contiguous(memory_format=recipe.copy_a)
-    y = x.new_empty_strided(recipe.out_shape, recipe.out_strides)
+    y: Tensor = empty_strided(recipe.out_shape, recipe.out_strides, x.dtype)
     if recipe.plan is not None:
         bias_address = residual_address = 0
         if bias is not None:
@@ -201,6 +214,14 @@ def run_fwd(
     return y
 
 
+def run_fwd(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None,
+    stride: Pair, padding: Quad, dilation: Pair, groups: int, activation: str,
+) -> Tensor:  # fmt: skip
+    recipe = find_fwd(x, w, bias, residual, stride, padding, dilation, groups, activation)
+    return follow(recipe, x, w, bias, residual)
+
+
 def run_dgrad(
     dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Shape, channels_last: bool,
     stride: Pair, padding: Quad, dilation: Pair, groups: int,
@@ -211,7 +232,7 @@ def run_dgrad(
     )  # fmt: skip
     if recipe.copy_a is not None:
         dy = dy.contiguous(memory_format=recipe.copy_a)
-    dx = dy.new_empty_strided(recipe.out_shape, recipe.out_strides)
+    dx: Tensor = empty_strided(recipe.out_shape, recipe.out_strides, dy.dtype)
     if recipe.plan is None:
         dx.zero_()
     else:
@@ -233,10 +254,10 @@ def run_wgrad(
         dy = dy.contiguous(memory_format=recipe.copy_a)
     if recipe.copy_b is not None:
         x = x.contiguous(memory_format=recipe.copy_b)
-    dw = x.new_empty_strided(recipe.out_shape, recipe.out_strides)
+    dw: Tensor = empty_strided(recipe.out_shape, recipe.out_strides, x.dtype)
     if recipe.plan is None:
         return dw.zero_(), dy.sum((0, 2, 3)) if with_bias else dw.new_empty(0)
-    db = x.new_empty_strided((w_shape[0] if with_bias else 0,), (1,))
+    db: Tensor = empty_strided((w_shape[0] if with_bias else 0,), (1,), x.dtype)
     recipe.plan.execute(x.data_ptr(), dw.data_ptr(), db.data_ptr(), 0, dy.data_ptr())
     return dw, db
 
@@ -273,15 +294,24 @@ def _check_positive(op: str, stride: Sequence[int], dilation: Sequence[int], gro
 
 
 def _check_fit(
-    op: str, x: Shape, w: Shape, y: Shape, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    op: str,
+    x: Shape,
+    w: Shape,
+    y: Shape,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> None:
     """Raises RuntimeError unless the three shapes make one convolution: the registered ops are open to anybody."""
     _check_positive(op, stride, dilation, groups)
     if x[1] != w[1] * groups or w[0] % groups:
-        raise RuntimeError(f"fastconv::{op}: weight {list(w)} in {groups} groups does not fit the {x[1]} channels of {list(x)}")
-    expected = (x[0], w[0], *output_size(*x[2:], *w[2:], stride, padding, dilation))
+        raise RuntimeError(
+            f"fastconv::{op}: weight {list(w)} in {groups} groups does not fit the {x[1]} channels of {list(x)}"
+        )
+    expected = (x[0], w[0], *output_size(x[2], x[3], w[2], w[3], stride, padding, dilation))
     if tuple(y) != expected or min(expected) < 0:
-        raise RuntimeError(f"fastconv::{op}: input {list(x)} and weight {list(w)} make an output of {list(expected)}, got {list(y)}")
+        raise RuntimeError(f"fastconv::{op}: {list(x)} and {list(w)} make an output of {list(expected)}, got {list(y)}")
 
 
 def _check_bias(op: str, bias: Tensor | None, channels: int) -> None:
@@ -292,7 +322,11 @@ def _check_bias(op: str, bias: Tensor | None, channels: int) -> None:
 def _fwd_impl(x, w, bias, residual, stride, padding, dilation, groups, activation):  # type: ignore[no-untyped-def]
     check_operands("conv2d_fwd", x=x, w=w, bias=bias, residual=residual)
     _check_positive("conv2d_fwd", stride, dilation, groups)
-    y = (x.shape[0], w.shape[0], *output_size(*x.shape[2:], *w.shape[2:], stride, padding, dilation))
+    y = (
+        x.shape[0],
+        w.shape[0],
+        *output_size(x.shape[2], x.shape[3], w.shape[2], w.shape[3], stride, padding, dilation),
+    )
     _check_fit("conv2d_fwd", x.shape, w.shape, y, stride, padding, dilation, groups)
     _check_bias("conv2d_fwd", bias, w.shape[0])
     if residual is not None:
@@ -320,28 +354,34 @@ library.impl("conv2d_dgrad", _dgrad_impl, "CPU")
 library.impl("conv2d_wgrad", _wgrad_impl, "CPU")
 
 
-@torch.library.register_fake("fastconv::conv2d_fwd", lib=library)
 def _fwd_fake(x, w, bias, residual, stride, padding, dilation, groups, activation):  # type: ignore[no-untyped-def]
     last = prefers_channels_last(x.shape, x.stride()) or prefers_channels_last(w.shape, w.stride())
-    y = (x.shape[0], w.shape[0], *output_size(*x.shape[2:], *w.shape[2:], stride, padding, dilation))
+    y = (
+        x.shape[0],
+        w.shape[0],
+        *output_size(x.shape[2], x.shape[3], w.shape[2], w.shape[3], stride, padding, dilation),
+    )
     return x.new_empty_strided(y, strides_of(y, last))
 
 
-@torch.library.register_fake("fastconv::conv2d_dgrad", lib=library)
 def _dgrad_fake(dy, w, bias, x_shape, channels_last, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
     return dy.new_empty_strided(x_shape, strides_of(x_shape, channels_last))
 
 
-@torch.library.register_fake("fastconv::conv2d_wgrad", lib=library)
 def _wgrad_fake(dy, x, w_shape, channels_last, with_bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
     return x.new_empty_strided(w_shape, strides_of(w_shape, channels_last)), x.new_empty(w_shape[0] if with_bias else 0)
 
 
+torch.library.register_fake("fastconv::conv2d_fwd", _fwd_fake, lib=library)
+torch.library.register_fake("fastconv::conv2d_dgrad", _dgrad_fake, lib=library)
+torch.library.register_fake("fastconv::conv2d_wgrad", _wgrad_fake, lib=library)
+
+
 # ---- The ops below autograd, by the shortest way that is right here ---------------------------------------------------------
 
-fwd_op = torch.ops.fastconv.conv2d_fwd.default
-dgrad_op = torch.ops.fastconv.conv2d_dgrad.default
-wgrad_op = torch.ops.fastconv.conv2d_wgrad.default
+fwd_op: Callable[..., Tensor] = torch.ops.fastconv.conv2d_fwd.default
+dgrad_op: Callable[..., Tensor] = torch.ops.fastconv.conv2d_dgrad.default
+wgrad_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastconv.conv2d_wgrad.default
 
 
 def fwd(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ._dispatch import Way, direct, way
+from ._dispatch import FUNCTION, KERNEL, TRANSFORM, direct, way
 
 
 def call(
@@ -21,13 +21,13 @@ def call(
 ) -> Any:
     """`kernel(*tensors, *options)` with the derivatives that `function` gives it, where somebody wants them."""
     how = way(*tensors)
-    if how is Way.KERNEL:
+    if how is KERNEL:
         return kernel(*tensors, *options)
-    if how is Way.FUNCTION:
+    if how is FUNCTION:
         # Function.apply binds default arguments through inspect.signature, which costs 60 us; no forward here has any. Below it
         # is the same C function.
         return super(Function, function).apply(*tensors, *options)  # type: ignore[misc]
-    if how is Way.TRANSFORM or _dual():
+    if how is TRANSFORM or _dual():
         return function.apply(*tensors, *options)
     return op(*tensors, *options)
 

@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from .. import plan
 from . import pool2d
+from ._dispatch import empty_strided
 from .autograd import call, derive, run
 from .pool2d import LIBRARY, Chosen, Pair, Recipe
 
@@ -35,7 +36,7 @@ _ops = torch.ops.fastconv
 
 
 @plan.cached
-def _fwd_recipe(
+def fwd_recipe(
     x: plan.Shape,
     x_strides: plan.Shape,
     dtype: torch.dtype,
@@ -77,7 +78,7 @@ def _bwd_recipe(
 
 
 @plan.cached
-def _adaptive_recipe(
+def adaptive_recipe(
     x: plan.Shape, x_strides: plan.Shape, dtype: torch.dtype, output_size: Pair, chosen: Chosen
 ) -> Recipe:
     y = (*x[:2], *output_size)
@@ -95,9 +96,10 @@ def _adaptive_bwd_recipe(
     return x, strides, pool2d.recipe("avg_pool2d_bwd", dtype, *operands, chosen, (1, 1), (1, 1), (0, 0), adaptive=True)
 
 
-def _run_fwd(x: Tensor, recipe: Recipe) -> Tensor:
+def follow(x: Tensor, recipe: Recipe) -> Tensor:
+    """The means."""
     shape, strides, made = recipe
-    y = torch.empty_strided(shape, strides, dtype=x.dtype)
+    y = empty_strided(shape, strides, x.dtype)
     if made is not None:
         made.execute(x.data_ptr(), y.data_ptr(), 0)
     return y
@@ -105,7 +107,7 @@ def _run_fwd(x: Tensor, recipe: Recipe) -> Tensor:
 
 def _run_bwd(grad: Tensor, recipe: Recipe) -> Tensor:
     shape, strides, made = recipe
-    x = torch.empty_strided(shape, strides, dtype=grad.dtype)
+    x = empty_strided(shape, strides, grad.dtype)
     if made is None:
         return x.zero_()
     made.execute(x.data_ptr(), grad.data_ptr(), 0)
@@ -123,7 +125,7 @@ def _fwd(
 ) -> Tensor:
     windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.pair(padding)
     divisor = ceil_mode, count_include_pad, divisor_override
-    return _run_fwd(x, _fwd_recipe(x.shape, x.stride(), x.dtype, *windows, *divisor, pool2d.chosen("avg_pool2d_fwd")))
+    return follow(x, fwd_recipe(x.shape, x.stride(), x.dtype, *windows, *divisor, pool2d.chosen("avg_pool2d_fwd")))
 
 
 def _bwd(
@@ -144,7 +146,7 @@ def _bwd(
 
 def _adaptive_fwd(x: Tensor, output_size: Sequence[int]) -> Tensor:
     size, chosen = pool2d.pair(output_size), pool2d.chosen("avg_pool2d_fwd")
-    return _run_fwd(x, _adaptive_recipe(x.shape, x.stride(), x.dtype, size, chosen))
+    return follow(x, adaptive_recipe(x.shape, x.stride(), x.dtype, size, chosen))
 
 
 def _adaptive_bwd(grad: Tensor, x_size: Sequence[int], channels_last: bool) -> Tensor:

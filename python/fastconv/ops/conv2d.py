@@ -6,20 +6,34 @@ the dispatcher. Compiled code sees the ops, to which the same rules are register
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..plan import prefers_channels_last
 from . import _conv2d_kernels as kernels
-from ._conv2d_kernels import Pair, Quad, Shape, formats, library, run_dgrad, run_fwd, run_wgrad
-from ._dispatch import Way, way
+from ._conv2d_kernels import (
+    Forward,
+    Pair,
+    Quad,
+    Recipe,
+    Shape,
+    find_fwd,
+    follow,
+    library,
+    run_dgrad,
+    run_fwd,
+    run_wgrad,
+)
+from ._dispatch import FUNCTION, KERNEL, OP, TRANSFORM, Way, way
 
 Context: TypeAlias = Any  # torch.autograd.function.FunctionCtx, which takes any attribute
 Grads: TypeAlias = tuple[Tensor | None, ...]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,
@@ -50,11 +64,11 @@ def conv2d(
     activation are steps of their own, whose gradients need the values between.
     """
     how = way(x, w, bias, residual)
-    if how is Way.KERNEL:
+    if how is KERNEL:
         return run_fwd(x, w, bias, residual, stride, padding, dilation, groups, activation)
     if residual is None and activation == "none":
         return _conv2d(how, x, w, bias, stride, padding, dilation, groups)
-    if how is Way.OP and not (torch.is_grad_enabled() and _any_requires_grad(x, w, bias, residual)):
+    if how is OP and not (torch.is_grad_enabled() and _any_requires_grad(x, w, bias, residual)):
         return kernels.fwd_op(x, w, bias, residual, stride, padding, dilation, groups, activation)
     y = _conv2d(how, x, w, bias, stride, padding, dilation, groups)
     if residual is not None:
@@ -83,7 +97,7 @@ def conv_transpose2d(
     # Output padding is rows that the convolution does not look at: less padding at the bottom, so that P and Q come out again
     # even where output_padding >= stride, which torch allows while it is less than the dilation.
     four = (padding[0], padding[0] - output_padding[0], padding[1], padding[1] - output_padding[1])
-    last, _ = formats(x, w)
+    last = _is_last(x) or _is_last(w)
     return _dgrad(way(x, w, bias), x, w, bias, (N, C * groups, H, W), last, stride, four, dilation, groups)
 
 
@@ -94,30 +108,34 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def _is_last(t: Tensor) -> bool:
+    return prefers_channels_last(t.shape, t.stride())
+
+
 def _conv2d(how: Way, *args: Any) -> Tensor:
-    if how is Way.FUNCTION:
-        return _apply_conv2d(*args)
-    if how is Way.TRANSFORM:
-        return _Conv2d.apply(*args)
+    if how is TRANSFORM:
+        return _transform_conv2d(*args)
     x, w, bias, stride, padding, dilation, groups = args
-    call = run_fwd if how is Way.KERNEL else kernels.fwd_op
+    if how is FUNCTION:
+        return apply_conv2d(x, w, bias, find_fwd(x, w, bias, None, stride, padding, dilation, groups, "none"))
+    call = run_fwd if how is KERNEL else kernels.fwd_op
     return call(x, w, bias, None, stride, padding, dilation, groups, "none")
 
 
 def _dgrad(how: Way, *args: Any) -> Tensor:
-    if how is Way.FUNCTION:
+    if how is FUNCTION:
         return _apply_dgrad(*args)
-    if how is Way.TRANSFORM:
-        return _Dgrad.apply(*args)
-    return run_dgrad(*args) if how is Way.KERNEL else kernels.dgrad_op(*args)
+    if how is TRANSFORM:
+        return _transform_dgrad(*args)
+    return run_dgrad(*args) if how is KERNEL else kernels.dgrad_op(*args)
 
 
 def _wgrad(how: Way, *args: Any) -> tuple[Tensor, Tensor]:
-    if how is Way.FUNCTION:
+    if how is FUNCTION:
         return _apply_wgrad(*args)
-    if how is Way.TRANSFORM:
-        return _Wgrad.apply(*args)
-    return run_wgrad(*args) if how is Way.KERNEL else kernels.wgrad_op(*args)
+    if how is TRANSFORM:
+        return _transform_wgrad(*args)
+    return run_wgrad(*args) if how is KERNEL else kernels.wgrad_op(*args)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -144,35 +162,41 @@ def _add_channels(t: Tensor, bias: Tensor, dim: int, size: int) -> Tensor:
     return t + _front(bias, dim, size)[:, None, :, None, None]
 
 
+def _remember(ctx: Context, x: Tensor, w: Tensor, of: Forward) -> None:
+    """What the derivatives of conv(x, w) need. A gradient needs the other operand only: a frozen network keeps no activations."""
+    need_dx, need_dw = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if need_dw else None, w if need_dx else None)
+    ctx.save_for_forward(x, w)
+    ctx.set_materialize_grads(False)
+    ctx.of = of
+
+
 class _Conv2d(torch.autograd.Function):
     """y = conv(x, w) + bias."""
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, bias: Tensor | None, stride: Pair, padding: Quad, dilation: Pair, groups: int) -> Tensor:
+    def forward(
+        x: Tensor, w: Tensor, bias: Tensor | None, stride: Pair, padding: Quad, dilation: Pair, groups: int
+    ) -> Tensor:
         return kernels.fwd(x, w, bias, None, stride, padding, dilation, groups, "none")
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, _, *ctx.geometry = inputs
-        # A gradient needs the other operand only: a frozen network keeps no activations.
-        need_dx, need_dw = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if need_dw else None, w if need_dx else None)
-        ctx.save_for_forward(x, w)
-        ctx.x_shape, ctx.w_shape, ctx.y_shape = x.shape, w.shape, output.shape
-        ctx.formats = formats(x, w)
-        ctx.set_materialize_grads(False)
+        x, w, _, *geometry = inputs
+        w_last = _is_last(w)
+        _remember(ctx, x, w, Forward(x.shape, w.shape, output.shape, w_last or _is_last(x), w_last, tuple(geometry)))
 
     @staticmethod
     def backward(ctx: Context, dy: Tensor | None) -> Grads:
         dx = dw = db = None
         if dy is not None:
             x, w = ctx.saved_tensors
-            dx_last, dw_last = ctx.formats
+            x_shape, w_shape, _, x_last, w_last, geometry = ctx.of
             need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
             if need_dx:
-                dx = _dgrad(way(dy, w), dy, w, None, ctx.x_shape, dx_last, *ctx.geometry)
+                dx = _dgrad(way(dy, w), dy, w, None, x_shape, x_last, *geometry)
             if need_dw:
-                dw, db = _wgrad(way(dy, x), dy, x, ctx.w_shape, dw_last, need_db, *ctx.geometry)
+                dw, db = _wgrad(way(dy, x), dy, x, w_shape, w_last, need_db, *geometry)
             elif need_db:
                 db = dy.sum((0, 2, 3))
         return dx, dw, db if ctx.needs_input_grad[2] else None, None, None, None, None
@@ -180,9 +204,9 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Context, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Tensor | None:
         x, w = ctx.saved_tensors
-        ty = None if tx is None else _conv2d(way(tx, w), tx, w, None, *ctx.geometry)
-        ty = _sum(ty, None if tw is None else _conv2d(way(x, tw), x, tw, None, *ctx.geometry))
-        return _sum(ty, None if tb is None else tb[:, None, None].expand(ctx.y_shape))
+        ty = None if tx is None else _conv2d(way(tx, w), tx, w, None, *ctx.of.geometry)
+        ty = _sum(ty, None if tw is None else _conv2d(way(x, tw), x, tw, None, *ctx.of.geometry))
+        return _sum(ty, None if tb is None else tb[:, None, None].expand(ctx.of.y_shape))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -221,7 +245,7 @@ class _Dgrad(torch.autograd.Function):
         ctx.save_for_forward(dy, w)
         ctx.inputs = inputs[3:]
         ctx.w_shape = w.shape
-        ctx.w_last = formats(w, w)[1]
+        ctx.w_last = _is_last(w)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -281,7 +305,7 @@ class _Wgrad(torch.autograd.Function):
         ctx.save_for_forward(dy, x)
         ctx.inputs = inputs[2:]
         ctx.x_shape, ctx.y_shape = x.shape, dy.shape
-        ctx.x_last = formats(x, x)[1]
+        ctx.x_last = _is_last(x)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -323,11 +347,31 @@ class _Wgrad(torch.autograd.Function):
         return (dw.unflatten(0, (size, K)), db.unflatten(0, (size, K))), (0, 0)
 
 
+class _PlainConv2d(torch.autograd.Function):
+    """_Conv2d in plain eager mode, where the recipe is known and nothing transforms: half the work of a call."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+        _remember(ctx, x, w, recipe.forward)
+        return follow(recipe, x, w, bias)
+
+    @staticmethod
+    def backward(ctx: Context, dy: Tensor | None) -> Grads:
+        return _Conv2d.backward(ctx, dy)[:4]
+
+    jvp = _Conv2d.jvp
+
+
 # Function.apply binds its arguments through inspect.signature whenever setup_context is defined (65 of 80 us a call, measured),
 # which is for default arguments; these have none. Below it is the same C function.
-_apply_conv2d = super(torch.autograd.Function, _Conv2d).apply
-_apply_dgrad = super(torch.autograd.Function, _Dgrad).apply
-_apply_wgrad = super(torch.autograd.Function, _Wgrad).apply
+apply_conv2d: Callable[..., Tensor] = super(torch.autograd.Function, _PlainConv2d).apply
+_apply_dgrad: Callable[..., Tensor] = super(torch.autograd.Function, _Dgrad).apply
+_apply_wgrad: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Wgrad).apply
+
+# Transforms need what apply adds.
+_transform_conv2d: Callable[..., Tensor] = _Conv2d.apply
+_transform_dgrad: Callable[..., Tensor] = _Dgrad.apply
+_transform_wgrad: Callable[..., tuple[Tensor, Tensor]] = _Wgrad.apply
 
 
 # ---- The same rules for the registered ops ----------------------------------------------------------------------------------

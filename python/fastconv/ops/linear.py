@@ -1,8 +1,8 @@
 """linear: y = x wᵀ + bias, with derivatives of every order, forward mode and vmap.
 
-There is no kernel for it: over its last dimension a linear layer is a 1×1 convolution of channels_last images of one pixel, one for
-each row of x. The plans of conv2d serve it, without a copy and without a view, and rows being samples, a row's bits do not depend on
-how many others there are.
+There is no kernel for it: over its last dimension a linear layer is a 1×1 convolution of channels_last images of one pixel, one
+for each row of x. The plans of conv2d serve it, without a copy and without a view, and rows being samples, a row's bits do not
+depend on how many others there are.
 
     linear_fwd     y  (..., O) = x (..., I) w (O, I)ᵀ + bias (O)
     linear_dgrad   dx (..., I) = dy w
@@ -11,14 +11,16 @@ how many others there are.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import plan
 from ._conv2d_kernels import TAGS, Shape, library
-from ._dispatch import DTYPES, Way, check_operands, check_shape, direct, way
+from ._dispatch import DTYPES, FUNCTION, KERNEL, TRANSFORM, Way, check_operands, check_shape, direct, empty_strided, way
 from .conv2d import conv2d
 
 Context: TypeAlias = Any  # torch.autograd.function.FunctionCtx, which takes any attribute
@@ -54,26 +56,55 @@ def _plan(
     return plan.make(op, problem, DTYPES[dtype], (x, w, y), threads, force, strict)
 
 
-def _rows(t: Tensor) -> int:
-    return t.numel() // t.shape[-1] if t.numel() else 0
+class Recipe(NamedTuple):
+    """What a forward call does, worked out once for its shapes, strides and options."""
+
+    plan: plan.Plan | None  # None: there is nothing to sum
+    y_shape: Shape
+    y_strides: Shape
 
 
-def run_fwd(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    outputs, inputs = w.shape
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], outputs))
+@plan.cached
+def fwd_recipe(
+    x: Shape, w: Shape, w_strides: Shape, dtype: torch.dtype, biased: bool, threads: int, force: str, strict: bool
+) -> Recipe:
+    y, strides = (*x[:-1], w[0]), [1]
+    for size in y[:0:-1]:
+        strides.insert(0, strides[0] * max(size, 1))
     made: plan.Plan | None = _plan(
-        "conv2d_fwd", _rows(x), inputs, outputs, w.stride(), x.dtype, bias is not None,
+        "conv2d_fwd", math.prod(x[:-1]), w[1], w[0], w_strides, dtype, biased, threads, force, strict
+    )
+    return Recipe(made, y, tuple(strides))
+
+
+def find_fwd(x: Tensor, w: Tensor, bias: Tensor | None) -> Recipe:
+    recipe: Recipe = fwd_recipe(
+        x.shape, w.shape, w.stride(), x.dtype, bias is not None,
         _get_threads(), _forced().get("conv2d_fwd", ""), plan.strict,
     )  # fmt: skip
+    return recipe
+
+
+def follow(recipe: Recipe, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    made, shape, strides = recipe
+    y: Tensor = empty_strided(shape, strides, x.dtype)
     if made is None:
         return y.zero_() if bias is None else y.copy_(bias)
+    x = x.contiguous()
     if bias is None:
         made.execute(x.data_ptr(), w.data_ptr(), 0, 0, y.data_ptr())
     else:
         bias = bias.contiguous()
         made.execute(x.data_ptr(), w.data_ptr(), bias.data_ptr(), 0, y.data_ptr())
     return y
+
+
+def run_fwd(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return follow(find_fwd(x, w, bias), x, w, bias)
+
+
+def _rows(t: Tensor) -> int:
+    return math.prod(t.shape[:-1])
 
 
 def run_dgrad(dy: Tensor, w: Tensor) -> Tensor:
@@ -93,8 +124,8 @@ def run_dgrad(dy: Tensor, w: Tensor) -> Tensor:
 def run_wgrad(dy: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     outputs, inputs = dy.shape[-1], x.shape[-1]
     dy, x = dy.contiguous(), x.contiguous()
-    dw = dy.new_empty((outputs, inputs))
-    db = dy.new_empty(outputs if with_bias else 0)
+    dw: Tensor = empty_strided((outputs, inputs), (max(inputs, 1), 1), dy.dtype)
+    db: Tensor = empty_strided((outputs if with_bias else 0,), (1,), dy.dtype)
     made: plan.Plan | None = _plan(
         "conv2d_wgrad", _rows(dy), inputs, outputs, (inputs, 1), dy.dtype, with_bias,
         _get_threads(), _forced().get("conv2d_wgrad", ""), plan.strict,
@@ -137,19 +168,21 @@ library.impl("linear_dgrad", _dgrad_impl, "CPU")
 library.impl("linear_wgrad", _wgrad_impl, "CPU")
 
 
-@torch.library.register_fake("fastconv::linear_fwd", lib=library)
 def _fwd_fake(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
-@torch.library.register_fake("fastconv::linear_dgrad", lib=library)
 def _dgrad_fake(dy: Tensor, w: Tensor) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], w.shape[1]))
 
 
-@torch.library.register_fake("fastconv::linear_wgrad", lib=library)
 def _wgrad_fake(dy: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     return dy.new_empty((dy.shape[-1], x.shape[-1])), dy.new_empty(dy.shape[-1] if with_bias else 0)
+
+
+torch.library.register_fake("fastconv::linear_fwd", _fwd_fake, lib=library)
+torch.library.register_fake("fastconv::linear_dgrad", _dgrad_fake, lib=library)
+torch.library.register_fake("fastconv::linear_wgrad", _wgrad_fake, lib=library)
 
 
 _fwd_op = torch.ops.fastconv.linear_fwd.default
@@ -163,31 +196,31 @@ _wgrad_op = torch.ops.fastconv.linear_wgrad.default
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., I) times the transpose of w (O, I), plus bias (O), on checked arguments: (..., O), contiguous."""
     how = way(x, w, bias)
-    return run_fwd(x, w, bias) if how is Way.KERNEL else _linear(how, x, w, bias)
+    return run_fwd(x, w, bias) if how is KERNEL else _linear(how, x, w, bias)
 
 
 def _linear(how: Way, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    if how is Way.FUNCTION:
-        return _apply_linear(x, w, bias)
-    if how is Way.TRANSFORM:
-        return _Linear.apply(x, w, bias)
-    return run_fwd(x, w, bias) if how is Way.KERNEL else _fwd_op(x, w, bias)
+    if how is FUNCTION:
+        return apply_linear(x, w, bias, find_fwd(x, w, bias))
+    if how is TRANSFORM:
+        return _transform_linear(x, w, bias)
+    return run_fwd(x, w, bias) if how is KERNEL else _fwd_op(x, w, bias)
 
 
 def _dgrad(how: Way, dy: Tensor, w: Tensor) -> Tensor:
-    if how is Way.FUNCTION:
+    if how is FUNCTION:
         return _apply_dgrad(dy, w)
-    if how is Way.TRANSFORM:
-        return _Dgrad.apply(dy, w)
-    return run_dgrad(dy, w) if how is Way.KERNEL else _dgrad_op(dy, w)
+    if how is TRANSFORM:
+        return _transform_dgrad(dy, w)
+    return run_dgrad(dy, w) if how is KERNEL else _dgrad_op(dy, w)
 
 
 def _wgrad(how: Way, dy: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
-    if how is Way.FUNCTION:
+    if how is FUNCTION:
         return _apply_wgrad(dy, x, with_bias)
-    if how is Way.TRANSFORM:
-        return _Wgrad.apply(dy, x, with_bias)
-    return run_wgrad(dy, x, with_bias) if how is Way.KERNEL else _wgrad_op(dy, x, with_bias)
+    if how is TRANSFORM:
+        return _transform_wgrad(dy, x, with_bias)
+    return run_wgrad(dy, x, with_bias) if how is KERNEL else _wgrad_op(dy, x, with_bias)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -211,6 +244,15 @@ def _batched(x: Tensor, w: Tensor) -> Tensor:
     return y.reshape(B, w.shape[1], M).transpose(1, 2)
 
 
+def _remember(ctx: Context, x: Tensor, w: Tensor, y_shape: Shape) -> None:
+    """What the derivatives need. A gradient needs the other operand only: a frozen layer keeps no activation."""
+    need_dx, need_dw = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if need_dw else None, w if need_dx else None)
+    ctx.save_for_forward(x, w)
+    ctx.set_materialize_grads(False)
+    ctx.y_shape = y_shape
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -219,18 +261,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, w, _ = inputs
-        need_dx, need_dw = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if need_dw else None, w if need_dx else None)
-        ctx.save_for_forward(x, w)
-        ctx.y_shape = output.shape
-        ctx.set_materialize_grads(False)
+        _remember(ctx, x, w, output.shape)
 
     @staticmethod
     def backward(ctx: Context, dy: Tensor | None) -> Grads:
         dx = dw = db = None
         if dy is not None:
             x, w = ctx.saved_tensors
-            need_dx, need_dw, need_db = ctx.needs_input_grad
+            need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
             if need_dx:
                 dx = _dgrad(way(dy, w), dy, w)
             if need_dw:
@@ -240,7 +278,7 @@ class _Linear(torch.autograd.Function):
         return dx, dw, db if ctx.needs_input_grad[2] else None
 
     @staticmethod
-    def jvp(ctx: Context, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Tensor | None:
+    def jvp(ctx: Context, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Tensor | None:
         x, w = ctx.saved_tensors
         ty = None if tx is None else _linear(way(tx, w), tx, w, None)
         ty = _sum(ty, None if tw is None else _linear(way(x, tw), x, tw, None))
@@ -350,10 +388,29 @@ class _Wgrad(torch.autograd.Function):
         return ((dw, dy.sum(1)), (0, 0)) if with_bias else ((dw, dy.new_empty(0)), (0, None))
 
 
+class _PlainLinear(torch.autograd.Function):
+    """_Linear in plain eager mode, where the recipe is known and nothing transforms."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+        _remember(ctx, x, w, recipe.y_shape)
+        return follow(recipe, x, w, bias)
+
+    @staticmethod
+    def backward(ctx: Context, dy: Tensor | None) -> Grads:
+        return *_Linear.backward(ctx, dy), None
+
+    jvp = _Linear.jvp
+
+
 # The quick way past Function.apply: see ops/conv2d.py.
-_apply_linear = super(torch.autograd.Function, _Linear).apply
-_apply_dgrad = super(torch.autograd.Function, _Dgrad).apply
-_apply_wgrad = super(torch.autograd.Function, _Wgrad).apply
+apply_linear: Callable[..., Tensor] = super(torch.autograd.Function, _PlainLinear).apply
+_apply_dgrad: Callable[..., Tensor] = super(torch.autograd.Function, _Dgrad).apply
+_apply_wgrad: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Wgrad).apply
+
+_transform_linear: Callable[..., Tensor] = _Linear.apply
+_transform_dgrad: Callable[..., Tensor] = _Dgrad.apply
+_transform_wgrad: Callable[..., tuple[Tensor, Tensor]] = _Wgrad.apply
 
 for _op, _function in (("linear_fwd", _Linear), ("linear_dgrad", _Dgrad), ("linear_wgrad", _Wgrad)):
     torch.library.register_autograd(

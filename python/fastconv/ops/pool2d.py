@@ -29,7 +29,9 @@ def define(schema: str) -> None:
 
 
 def pair(values: Sequence[int]) -> Pair:
-    """Two ints, which an op gets as a list, so that a recipe can have them in its key."""
+    """Two ints, which torch hands to an op as a list, as a key can hold them."""
+    if type(values) is tuple:
+        return values
     height, width = values
     return height, width
 
@@ -117,7 +119,7 @@ def fold(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
 
 def unfold(tensor: Tensor, batch_size: int) -> Tensor:
     """(B*N, …) as (B, N, …)."""
-    return tensor.unflatten(0, (batch_size, tensor.shape[0] // batch_size))
+    return tensor.unflatten(0, (batch_size, tensor.shape[0] // batch_size))  # type: ignore[no-any-return]
 
 
 def vmap_fwd(pool: Callable[..., Any]) -> Callable[..., Any]:
