@@ -6,7 +6,7 @@ int64, flat within the (H, W) plane, and lie in memory like the output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -249,7 +249,7 @@ class _PlainMaxPool(Function):
 
 
 # The C function below Function.apply, see `autograd.call`.
-follow_with_gradient = super(Function, _PlainMaxPool).apply
+follow_with_gradient: Callable[..., tuple[Tensor, Tensor]] = super(Function, _PlainMaxPool).apply
 
 
 class _AdaptiveMaxPool(Function):
