@@ -14,8 +14,8 @@
 namespace fastconv {
 namespace {
 
-// The psABI levels, not single features: x86-64-v3 is Haswell and Zen, x86-64-v4 is Skylake-X and Zen 4. The builtin also asks the
-// operating system (xgetbv) whether it saves the registers.
+// The psABI levels, not single features: x86-64-v3 is Haswell and Zen, x86-64-v4 is Skylake-X and Zen 4. The builtin also asks
+// the operating system (xgetbv) whether it saves the registers.
 uint32_t detect_isa() {
   uint32_t bits = kIsaScalar;
 #if defined(__x86_64__)

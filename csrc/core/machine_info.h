@@ -9,10 +9,10 @@
 namespace fastconv {
 
 struct MachineInfo {
-  Machine machine;       // isa: found and allowed
-  uint32_t isa_found;    // found, before FASTCONV_ISA
+  Machine machine;     // isa: found and allowed
+  uint32_t isa_found;  // found, before FASTCONV_ISA
   int32_t cores;
-  std::string cpu;       // brand string
+  std::string cpu;  // brand string
 };
 
 // Detected once; FASTCONV_ISA=scalar|avx2|avx512 (at most that one) is read at the same time.

@@ -13,7 +13,7 @@
 namespace fastconv {
 
 // One step of the measurement, compiled for each ISA: cpu/blocks/fma_burst.cpp. Both return the operations done.
-#define FC_DECLARE_BURST        \
+#define FC_DECLARE_BURST            \
   double fma_burst_f32(int rounds); \
   double fma_burst_f64(int rounds);
 namespace scalar {

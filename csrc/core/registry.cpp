@@ -34,7 +34,7 @@ namespace avx512 {
 #undef FC_KERNEL
 
 #ifdef FASTCONV_X86
-#define FC_ROWS_CPU(op, algorithm, dtype)                  \
+#define FC_ROWS_CPU(op, algorithm, dtype)           \
   FC_LIST(op, algorithm, dtype, avx512, kIsaAvx512) \
   FC_LIST(op, algorithm, dtype, avx2, kIsaAvx2)     \
   FC_LIST(op, algorithm, dtype, scalar, kIsaScalar)

@@ -23,9 +23,9 @@ Machine machine_with(int threads) {
   return machine;
 }
 
-// Law 7: a sample's bits may not depend on how many others come with it, or on the threads. Algorithms sum in different orders, so
-// the choice between them sees neither: costs are predicted for one thread, and for a batch of kNominalBatch unless the batch is
-// what is summed over.
+// Law 7: a sample's bits may not depend on how many others come with it, or on the threads. Algorithms sum in different orders,
+// so the choice between them sees neither: costs are predicted for one thread, and for a batch of kNominalBatch unless the batch
+// is what is summed over.
 constexpr int64_t kNominalBatch = 8;
 
 template <class Problem>
@@ -49,7 +49,8 @@ std::vector<Candidate> candidates(const std::string& op, const Problem& problem,
     if (std::string(row.dtype) != dtype_name(problem.dtype)) continue;
     Candidate candidate{&row, why_not_runnable(row), kNever};
     if (candidate.verdict.empty() && !named(row, wish.force)) candidate.verdict = "not the forced '" + wish.force + "'";
-    if (candidate.verdict.empty() && wish.strict && (*kernel)->error_growth > 1) candidate.verdict = "set_accuracy(\"strict\") rules it out";
+    if (candidate.verdict.empty() && wish.strict && (*kernel)->error_growth > 1)
+      candidate.verdict = "set_accuracy(\"strict\") rules it out";
     if (candidate.verdict.empty()) {
       const char* reason = (*kernel)->reject(problem);
       if (reason) {

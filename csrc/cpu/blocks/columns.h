@@ -5,8 +5,8 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// Reads `count` consecutive elements of kLanes rows that are `step` apart (rows from `lanes` on count as zero) and hands them over
-// as columns: emit(i, vector of element i of all rows).
+// Reads `count` consecutive elements of kLanes rows that are `step` apart (rows from `lanes` on count as zero) and hands them
+// over as columns: emit(i, vector of element i of all rows).
 template <class T, class Emit>
 FC_INLINE void for_each_column(const T* rows, int64_t step, int lanes, int64_t count, const Emit& emit) {
   constexpr int kL = kLanes<T>;

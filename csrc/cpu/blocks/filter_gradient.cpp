@@ -11,8 +11,8 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// Pixels between two visits to the sums. 512 pixels x 64 channels of floats are 128 KB; a visit then costs 48 of 6144 cycles' worth of
-// loads and stores.
+// Pixels between two visits to the sums. 512 pixels x 64 channels of floats are 128 KB; a visit then costs 48 of 6144 cycles'
+// worth of loads and stores.
 constexpr int64_t kMaxPixels = 512;
 // Filters whose packed pixels are kept at a time: 512 x 256 floats are 512 KB, half of an L2.
 constexpr int64_t kMaxFilters = 256;
@@ -80,8 +80,8 @@ void pack_rows(const Conv2dProblem& a, const Chunk& chunk, const T* y, int rows,
 
 // --- the columns: x under one tap, as [pixel][width]
 
-// A "tap" is one filter position and its columns are channels, unless a vector of channels would be mostly empty: then a tap is one
-// filter row and its columns are (s, c). A stem of three channels fills 21 of 32 lanes that way, not 3 of 16.
+// A "tap" is one filter position and its columns are channels, unless a vector of channels would be mostly empty: then a tap is
+// one filter row and its columns are (s, c). A stem of three channels fills 21 of 32 lanes that way, not 3 of 16.
 struct Columns {
   bool whole_rows;
   int64_t taps, count;  // columns of one tap
@@ -103,7 +103,8 @@ struct ColumnPart {
 
 // One stretch of pixels of channels-last x: a pixel's columns are one run of memory.
 template <class T>
-void pack_runs(const Conv2dProblem& a, const ColumnPart& part, const T* x_row, int64_t q, int64_t length, const Range* inside, T* to) {
+void pack_runs(const Conv2dProblem& a, const ColumnPart& part, const T* x_row, int64_t q, int64_t length, const Range* inside,
+               T* to) {
   constexpr int kL = kLanes<T>;
   const int64_t step = a.stride_w * a.x.w, channels = a.C / a.groups;
   const T* from = x_row + (q * a.stride_w - a.pad_left + part.s * a.dilation_w) * a.x.w + part.first;
@@ -118,14 +119,16 @@ void pack_runs(const Conv2dProblem& a, const ColumnPart& part, const T* x_row, i
       hi = 0;
     }
     for (int64_t c = 0; c < part.width; c += kL) {
-      store(to + c, lo <= c && c + kL <= hi ? load(from + c) : load_range(from + c, int(clamp(lo - c, 0, kL)), int(clamp(hi - c, 0, kL))));
+      store(to + c, lo <= c && c + kL <= hi ? load(from + c)
+                                            : load_range(from + c, int(clamp(lo - c, 0, kL)), int(clamp(hi - c, 0, kL))));
     }
   }
 }
 
 // One stretch of pixels of any other x: a column's pixels are evenly spaced. Blocks of them are transposed in registers.
 template <class T>
-void pack_transposed(const Conv2dProblem& a, const ColumnPart& part, const T* x_row, int64_t q, int64_t length, const Range* inside, T* to) {
+void pack_transposed(const Conv2dProblem& a, const ColumnPart& part, const T* x_row, int64_t q, int64_t length,
+                     const Range* inside, T* to) {
   constexpr int kL = kLanes<T>;
   const int64_t step = a.stride_w * a.x.w, channels = a.C / a.groups;
   for (int64_t c = 0; c < part.width; c += kL) {
@@ -241,8 +244,8 @@ struct Task {
 };
 
 template <class T>
-void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, const Shares& shares, const Chunks& chunks, T* sums,
-              const WeightStride& step, const Scratch<T>& scratch) {
+void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, const Shares& shares, const Chunks& chunks,
+              T* sums, const WeightStride& step, const Scratch<T>& scratch) {
   const int64_t channels = a.C / a.groups, filters = a.K / a.groups;
   const EvenSplit blocks(task.k1 - task.k0, kMaxFilters);
   for (int64_t block = 0; block < blocks.parts; ++block) {
@@ -283,9 +286,8 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
               a_rows[m] = scratch.rows + tiles.begin(tile) * pixels + m;
             }
           }
-          const TileInput<T> in = rows_in_place(a)
-                                      ? TileInput<T>{a_rows, 1, scratch.columns, width, chunk.samples, chunk.pixels}
-                                      : TileInput<T>{a_rows, rows, scratch.columns, width, 1, pixels};
+          const TileInput<T> in = rows_in_place(a) ? TileInput<T>{a_rows, 1, scratch.columns, width, chunk.samples, chunk.pixels}
+                                                   : TileInput<T>{a_rows, rows, scratch.columns, width, 1, pixels};
           const TileOutput<T> out = {w, &piece, 1, i > 0, false, Activation::none, nullptr, nullptr, nullptr, nullptr};
           gemm_tile(rows, vectors, in, out);
         }
@@ -341,8 +343,8 @@ double filter_gradient_efficiency(const Conv2dProblem& problem) {
   const int64_t columns = Columns::of<T>(a).count;
   const double lanes = double(columns) / double(round_up(columns, kLanes<T>));
   const double pixels = double(Chunks(a).largest());
-  const double start = pixels / (pixels + 12);   // a tile's prologue and stores take about as long as twelve steps
-  const double pack = a.x.c == 1 ? 4 : 12;       // a packed pixel costs as much as its use by so many filters
+  const double start = pixels / (pixels + 12);  // a tile's prologue and stores take about as long as twelve steps
+  const double pack = a.x.c == 1 ? 4 : 12;      // a packed pixel costs as much as its use by so many filters
   return 0.9 * lanes * start * filters / (filters + pack);
 }
 

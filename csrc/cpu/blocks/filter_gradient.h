@@ -2,9 +2,9 @@
 //
 //   w[k][tap][c] = sum over pixels of  y[pixel][k] * x[pixel shifted by tap][c]
 //
-// Rows are filters, columns are the channels of one tap. A chunk of at most 512 pixels is packed at a time, from either layout, and
-// every filter of a block meets it while it is in L2. Chunks follow the shape of the problem, and threads share out columns and
-// filters, never pixels: the bits do not depend on their number.
+// Rows are filters, columns are the channels of one tap. A chunk of at most 512 pixels is packed at a time, from either layout,
+// and every filter of a block meets it while it is in L2. Chunks follow the shape of the problem, and threads share out columns
+// and filters, never pixels: the bits do not depend on their number.
 #pragma once
 
 #include "core/kernel.h"

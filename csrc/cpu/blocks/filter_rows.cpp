@@ -10,7 +10,8 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// Elements of the reduction between two visits to y, when the filter plane allows. Constant, because it fixes the order of the sum.
+// Elements of the reduction between two visits to y, when the filter plane allows. Constant, because it fixes the order of the
+// sum.
 constexpr int64_t kMaxDepth = 1024;
 // What the packed pixels of one thread may take: half of the L2 of 1 MB of AVX-512 servers, the other half is for filters and y.
 constexpr int64_t kMaxPanelBytes = 512 << 10;
@@ -28,9 +29,9 @@ Conv2dProblem flatten(Conv2dProblem a) {
 }
 
 struct Blocking {
-  EvenSplit chunks;   // the channels of a group, so that chunk*R*S stays near kMaxDepth
-  EvenSplit vectors;  // the pixels of the batch in vectors, cut into panels
-  int64_t depth;      // of the largest chunk
+  EvenSplit chunks;    // the channels of a group, so that chunk*R*S stays near kMaxDepth
+  EvenSplit vectors;   // the pixels of the batch in vectors, cut into panels
+  int64_t depth;       // of the largest chunk
   int64_t panel_size;  // elements of a packed panel, and the vector that pack_pixels may spill behind it
   int64_t panels_per_block;
   int64_t filter_splits;
@@ -42,11 +43,17 @@ struct Blocking {
     const EvenSplit chunks(a.C / a.groups, fit > 1 ? fit : 1);
     const int64_t depth = chunks.largest() * plane;
     const EvenSplit vectors((a.N * a.P * a.Q + kLanes<T> - 1) / kLanes<T>, GemmTile::kMaxVectors);
-    const int64_t bytes = depth * GemmTile::kMaxVectors * kLanes<T> * int64_t(sizeof(T));
+    // With a short reduction the description of a panel outweighs its pixels.
+    const int64_t description =
+        int64_t(sizeof(PixelPanel)) + a.S * kMaxFills * int64_t(sizeof(PixelFill)) + a.R * kMaxColumns * 8;
+    const int64_t bytes = depth * GemmTile::kMaxVectors * kLanes<T> * int64_t(sizeof(T)) + description;
     const int64_t panels = clamp(kMaxPanelBytes / bytes, 1, vectors.parts);
     const int64_t tasks = vectors.parts * a.groups;
     const bool in_place = a.w.c == plane && (plane == 1 || (a.w.s == 1 && a.w.r == a.S));
-    return {chunks, vectors, depth, (depth * GemmTile::kMaxVectors + 1) * kLanes<T>, panels, tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads, in_place};
+    return {chunks,  vectors,
+            depth,   (depth * GemmTile::kMaxVectors + 1) * kLanes<T>,
+            panels,  tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads,
+            in_place};
   }
 };
 
@@ -82,7 +89,8 @@ void copy_filters(const Conv2dProblem& a, const T* w, T* copy, const Context& co
       if (plane == 1 && a.w.k == 1) {  // a transposition
         for (int64_t c = 0; c < channels; c += kL) {
           const int lanes = channels - c < kL ? int(channels - c) : kL;
-          for_each_column(from + c * a.w.c, a.w.c, lanes, count, [&](int64_t k, vec<T> row) { store(to + k * channels + c, row, lanes); });
+          for_each_column(from + c * a.w.c, a.w.c, lanes, count,
+                          [&](int64_t k, vec<T> row) { store(to + k * channels + c, row, lanes); });
         }
         continue;
       }
@@ -111,7 +119,8 @@ struct Task {
 };
 
 template <class T>
-void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking& blocking, const Task& task, const T* w, const Scratch<T>& scratch) {
+void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking& blocking, const Task& task, const T* w,
+              const Scratch<T>& scratch) {
   const int64_t filters = a.K / a.groups, channels = a.C / a.groups, plane = a.R * a.S, pixels = a.N * a.P * a.Q;
   for (int64_t i = 0; i < task.panel_count; ++i) {
     const int64_t first = blocking.vectors.begin(task.first_panel + i) * kLanes<T>;
@@ -135,7 +144,8 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking& bl
       }
       for (int64_t i = 0; i < task.panel_count; ++i) {
         const PixelPanel& panel = scratch.panels[i];
-        const TileInput<T> in = {a_rows, 1, scratch.pixels + i * blocking.panel_size, panel.vectors * kLanes<T>, 1, count * plane};
+        const TileInput<T> in = {a_rows,       1, scratch.pixels + i * blocking.panel_size, panel.vectors * kLanes<T>, 1,
+                                 count * plane};
         const TileOutput<T> out = {y,
                                    panel.pieces,
                                    panel.piece_count,

@@ -2,8 +2,8 @@
 //
 //   y[k][pixel] = sum over channels and taps of  w[k][channel, tap] * x[channel][pixel shifted by tap]
 //
-// Filters are broadcast from where they lie. The column matrix (im2col) exists a block at a time, at most half an L2 of it: a block
-// of the reduction for a block of pixels. Pixels run on over rows and samples, so a 7x7 map wastes no lanes.
+// Filters are broadcast from where they lie. The column matrix (im2col) exists a block at a time, at most half an L2 of it: a
+// block of the reduction for a block of pixels. Pixels run on over rows and samples, so a 7x7 map wastes no lanes.
 #pragma once
 
 #include "core/kernel.h"

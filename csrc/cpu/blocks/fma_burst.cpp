@@ -4,7 +4,8 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// 2 ports x latency 4 (Skylake) or 5 (Zen) need 8 to 10 independent chains; 12 fit into the 16 registers of AVX2 with room to spare.
+// 2 ports x latency 4 (Skylake) or 5 (Zen) need 8 to 10 independent chains; 12 fit into the 16 registers of AVX2 with room to
+// spare.
 constexpr int kChains = 12;
 
 template <class T>

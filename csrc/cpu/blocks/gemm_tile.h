@@ -3,8 +3,8 @@
 //   sum[m][v] = sum over taps t, depth d of  a[t*rows + m][d*a_step] * b[(t*depth + d)*width + v*lanes ...]
 //
 // The broadcast operand `a` is read where it lies, through one pointer per row and tap (a convolution's pixels, a filter's row, a
-// zero row for padding: the indirection of Dukhan 2019). The vector operand `b` is a packed panel. Every sum is one chain of FMAs in
-// the order (t, d), so its bits depend neither on the shape of the tile nor on what else is in it.
+// zero row for padding: the indirection of Dukhan 2019). The vector operand `b` is a packed panel. Every sum is one chain of FMAs
+// in the order (t, d), so its bits depend neither on the shape of the tile nor on what else is in it.
 #pragma once
 
 #include "core/kernel.h"

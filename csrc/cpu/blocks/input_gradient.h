@@ -1,9 +1,9 @@
 // The input gradient as forward convolutions: no kernel of its own.
 //
-// With stride 1 it is a convolution of y with the filters flipped and k and c swapped, which strides alone express. With stride u x v
-// it falls apart into u*v phases: the rows h of one residue modulo u meet only the filter rows r with (h + pad - r*dilation) divisible
-// by u, which form an arithmetic progression. So each phase is a dense stride-1 convolution over a subset of the taps, written to
-// every u-th row and v-th column of x. Nothing is multiplied with inserted zeros, and nothing is scattered.
+// With stride 1 it is a convolution of y with the filters flipped and k and c swapped, which strides alone express. With stride u
+// x v it falls apart into u*v phases: the rows h of one residue modulo u meet only the filter rows r with (h + pad - r*dilation)
+// divisible by u, which form an arithmetic progression. So each phase is a dense stride-1 convolution over a subset of the taps,
+// written to every u-th row and v-th column of x. Nothing is multiplied with inserted zeros, and nothing is scattered.
 #pragma once
 
 #include "cpu/blocks/conv2d_geometry.h"
@@ -12,9 +12,9 @@ namespace fastconv::FASTCONV_TARGET {
 
 // One residue of one axis.
 struct Phase {
-  int64_t size;              // positions of this residue
+  int64_t size;               // positions of this residue
   int64_t taps, first, step;  // filter positions first, first + step, ...
-  int64_t dilation, pad;     // of the stride-1 convolution, whose taps run backwards
+  int64_t dilation, pad;      // of the stride-1 convolution, whose taps run backwards
 };
 
 FC_INLINE int64_t greatest_common_divisor(int64_t a, int64_t b) {
@@ -57,8 +57,8 @@ FC_INLINE Conv2dProblem phase_problem(const Conv2dProblem& a, const Phase& h, co
   return b;
 }
 
-// visit(forward problem, offset into w, offset into x) for every phase that has positions. A phase may have no taps: then R or S is 0
-// and all that is left of it is the epilogue.
+// visit(forward problem, offset into w, offset into x) for every phase that has positions. A phase may have no taps: then R or S
+// is 0 and all that is left of it is the epilogue.
 template <class Visit>
 FC_INLINE void for_each_phase(const Conv2dProblem& a, const Visit& visit) {
   for (int64_t h = 0; h < a.stride_h; ++h) {

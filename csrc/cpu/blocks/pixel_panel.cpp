@@ -72,8 +72,8 @@ void describe_panel(const Conv2dProblem& a, int64_t first, int columns, int vect
 }
 
 template <class T>
-void pack_pixels(const Conv2dProblem& a, const T* x, int64_t channels, const PixelPanel* panels, int64_t panel_count, int64_t panel_size,
-                 T* out) {
+void pack_pixels(const Conv2dProblem& a, const T* x, int64_t channels, const PixelPanel* panels, int64_t panel_count,
+                 int64_t panel_size, T* out) {
   constexpr int kL = kLanes<T>;
   const int64_t step = a.stride_w * a.x.w;
   for (int64_t c = 0; c < channels; ++c, x += a.x.c) {
@@ -88,7 +88,8 @@ void pack_pixels(const Conv2dProblem& a, const T* x, int64_t channels, const Pix
           // Whole vectors are stored from left to right: what spills over a run's end is overwritten by the next one.
           for (int f = 0; f < panel.fill_count; ++f, ++fill) {
             const int64_t offset = row_offsets[fill->run];
-            store(row + fill->column, offset == kOutside ? zero<T>() : load_pixels(x + offset + fill->offset, step, fill->lo, fill->hi));
+            store(row + fill->column,
+                  offset == kOutside ? zero<T>() : load_pixels(x + offset + fill->offset, step, fill->lo, fill->hi));
           }
           for (int64_t column = panel.columns; column < width; column += kL) store(row + column, zero<T>());
         }

@@ -9,23 +9,24 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// Elements of the reduction between two visits to y. A panel of 64 floats x 1536 is 384 KB: within the L2 of 1 MB of every AVX-512
-// server, from which it streams at 21 bytes a cycle, a third of what L2 gives. It is a constant, not the machine's cache size,
-// because it fixes the order of the sum (law 7).
+// Elements of the reduction between two visits to y. A panel of 64 floats x 1536 is 384 KB: within the L2 of 1 MB of every
+// AVX-512 server, from which it streams at 21 bytes a cycle, a third of what L2 gives. It is a constant, not the machine's cache
+// size, because it fixes the order of the sum (law 7).
 constexpr int64_t kMaxDepth = 1536;
-// What the packed panels of one thread may take. Where several fit, a tile's pixels meet them all while they are in L1, and y is written
-// in long runs: 128 -> 512 channels of 28x28 went from 59 % to 68 % of peak. 640 KB hold two panels of 64 x 1152 (128 channels of 3x3), which
-// at batch 8 is worth 6 to 12 % over one, and leave a third of the L2 for pixels.
+// What the packed panels of one thread may take. Where several fit, a tile's pixels meet them all while they are in L1, and y is
+// written in long runs: 128 -> 512 channels of 28x28 went from 59 % to 68 % of peak. 640 KB hold two panels of 64 x 1152 (128
+// channels of 3x3), which at batch 8 is worth 6 to 12 % over one, and leave a third of the L2 for pixels.
 constexpr int64_t kMaxPanelBytes = 640 << 10;
 
-// The reduction of one group, cut into blocks. A "tap" is one filter row when x has no gaps between columns and all of it fits (S*C
-// elements in one run, so that a stem with three channels has an inner loop of 21, not 3) and one filter position otherwise. A block
-// that is too long loses channels, not taps: filters are packed along their memory, where all taps of a channel are neighbours, and
-// packing a third of them costs three times as much an element (512 -> 512 channels of 3x3 on 7x7 maps at batch 1: 45 against 75 GFLOP/s).
+// The reduction of one group, cut into blocks. A "tap" is one filter row when x has no gaps between columns and all of it fits
+// (S*C elements in one run, so that a stem with three channels has an inner loop of 21, not 3) and one filter position otherwise.
+// A block that is too long loses channels, not taps: filters are packed along their memory, where all taps of a channel are
+// neighbours, and packing a third of them costs three times as much an element (512 -> 512 channels of 3x3 on 7x7 maps at batch
+// 1: 45 against 75 GFLOP/s).
 struct Reduction {
   bool whole_rows;
-  int64_t depth;        // elements of one tap
-  EvenSplit chunks;     // of those elements
+  int64_t depth;         // elements of one tap
+  EvenSplit chunks;      // of those elements
   EvenSplit tap_groups;  // of the taps
   int64_t taps_per_block, blocks;
 
@@ -33,7 +34,9 @@ struct Reduction {
       : whole_rows(a.S > 1 && a.dilation_w == 1 && a.groups == 1 && a.x.w == a.C && a.S * a.C <= kMaxDepth &&
                    (a.R * a.S * a.C <= kMaxDepth || a.C < kLanes<float>)),
         depth(whole_rows ? a.S * a.C : a.C / a.groups),
-        chunks(depth, whole_rows ? kMaxDepth : a.R * a.S < kMaxDepth ? kMaxDepth / (a.R * a.S) : 1),
+        chunks(depth, whole_rows              ? kMaxDepth
+                      : a.R * a.S < kMaxDepth ? kMaxDepth / (a.R * a.S)
+                                              : 1),
         tap_groups(whole_rows ? a.R : a.R * a.S, kMaxDepth / chunks.largest()),
         taps_per_block(tap_groups.largest()),
         blocks(tap_groups.parts * chunks.parts) {}
@@ -41,7 +44,7 @@ struct Reduction {
 
 // How the work is shared out: first over panels of filters, so that each is packed once, then over pixels.
 struct Shares {
-  EvenSplit vectors;  // the filters of one group, in vectors, cut into panels
+  EvenSplit vectors;   // the filters of one group, in vectors, cut into panels
   int64_t panel_size;  // elements of one packed panel
   int64_t panels_per_block;
   int64_t pixel_splits;
@@ -81,20 +84,22 @@ struct Block {
 
 FC_INLINE Block block_at(const Reduction& reduction, int64_t index) {
   const int64_t group = index % reduction.tap_groups.parts, chunk = index / reduction.tap_groups.parts;
-  return {reduction.tap_groups.begin(group), reduction.tap_groups.size(group), reduction.chunks.begin(chunk), reduction.chunks.size(chunk)};
+  return {reduction.tap_groups.begin(group), reduction.tap_groups.size(group), reduction.chunks.begin(chunk),
+          reduction.chunks.size(chunk)};
 }
 
 template <class T>
-void pack_block(const Conv2dProblem& a, const Reduction& reduction, const Block& block, const T* w, int64_t filters, int64_t width,
-                const Scratch<T>& scratch, T* panel) {
+void pack_block(const Conv2dProblem& a, const Reduction& reduction, const Block& block, const T* w, int64_t filters,
+                int64_t width, const Scratch<T>& scratch, T* panel) {
   const int64_t per_tap = reduction.whole_rows ? a.S : 1;
   for (int64_t t = 0; t < block.taps * per_tap; ++t) {
     const int64_t position = block.first * per_tap + t;
     scratch.tap_offset[t] = position / a.S * a.w.r + position % a.S * a.w.s;
   }
   const int64_t channels = block.depth / per_tap;
-  pack_filters<T>({w + (reduction.whole_rows ? 0 : block.begin * a.w.c), a.w.k, a.w.c, scratch.tap_offset, block.taps * per_tap, channels},
-                  filters, width, panel);
+  pack_filters<T>(
+      {w + (reduction.whole_rows ? 0 : block.begin * a.w.c), a.w.k, a.w.c, scratch.tap_offset, block.taps * per_tap, channels},
+      filters, width, panel);
 }
 
 // Pointers to what output pixel `pixel` reads, for every tap of the block.
@@ -152,9 +157,10 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
   for (int64_t b = 0; b < reduction.blocks; ++b) {
     const Block block = block_at(reduction, b);
     for (int64_t i = 0; i < task.panel_count; ++i) {
-      const int64_t vectors = shares.vectors.size(task.first_panel + i), k0 = shares.vectors.begin(task.first_panel + i) * kLanes<T>;
-      pack_block(a, reduction, block, static_cast<const T*>(args.w) + task.g * a.w.g + k0 * a.w.k, filters - k0, vectors * kLanes<T>,
-                 scratch, scratch.panels + i * shares.panel_size);
+      const int64_t vectors = shares.vectors.size(task.first_panel + i),
+                    k0 = shares.vectors.begin(task.first_panel + i) * kLanes<T>;
+      pack_block(a, reduction, block, static_cast<const T*>(args.w) + task.g * a.w.g + k0 * a.w.k, filters - k0,
+                 vectors * kLanes<T>, scratch, scratch.panels + i * shares.panel_size);
     }
     int64_t q = task.first_pixel % a.Q, p = task.first_pixel / a.Q % a.P, n = task.first_pixel / a.Q / a.P;
     for (int64_t tile = 0; tile < tiles.parts; ++tile) {
@@ -169,7 +175,8 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
         }
       }
       for (int64_t i = 0; i < task.panel_count; ++i) {
-        const int64_t vectors = shares.vectors.size(task.first_panel + i), k0 = shares.vectors.begin(task.first_panel + i) * kLanes<T>;
+        const int64_t vectors = shares.vectors.size(task.first_panel + i),
+                      k0 = shares.vectors.begin(task.first_panel + i) * kLanes<T>;
         const int64_t width = vectors * kLanes<T>;
         for (int m = 0; m < rows; ++m) y_panel[m] = y[m] + k0;
         const ColumnPiece piece = {0, int32_t(filters - k0 < width ? filters - k0 : width), 0, 1};

@@ -2,8 +2,8 @@
 //
 //   y[pixel][k] = sum over taps and channels of  x[pixel shifted by tap][channel] * w[k][tap][channel]
 //
-// Pixels are broadcast from where they lie, through one pointer per row and tap; nothing is unrolled into a column matrix. Filters
-// are packed in panels of at most four vectors, a block of the reduction at a time, so that what is packed stays in L2.
+// Pixels are broadcast from where they lie, through one pointer per row and tap; nothing is unrolled into a column matrix.
+// Filters are packed in panels of at most four vectors, a block of the reduction at a time, so that what is packed stays in L2.
 #pragma once
 
 #include "core/kernel.h"

@@ -5,8 +5,8 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// `count` things cut into the fewest parts of at most `most`, whose sizes differ by at most one: 49 pixels in tiles of at most 6 are
-// 4 of 6 and 5 of 5, not 8 of 6 and one of 1.
+// `count` things cut into the fewest parts of at most `most`, whose sizes differ by at most one: 49 pixels in tiles of at most 6
+// are 4 of 6 and 5 of 5, not 8 of 6 and one of 1.
 struct EvenSplit {
   int64_t count, parts;
   FC_INLINE EvenSplit(int64_t count_, int64_t most) : count(count_), parts((count_ + most - 1) / most) {}

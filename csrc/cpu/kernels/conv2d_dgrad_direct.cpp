@@ -1,5 +1,5 @@
-// conv2d_dgrad.direct: the input gradient in place, whatever the strides: forward convolutions by phases (blocks/input_gradient.h) on conv2d_fwd.direct.
-// Takes every problem and needs no workspace.
+// conv2d_dgrad.direct: the input gradient in place, whatever the strides: forward convolutions by phases
+// (blocks/input_gradient.h) on conv2d_fwd.direct. Takes every problem and needs no workspace.
 #include "cpu/blocks/input_gradient.h"
 
 namespace fastconv::FASTCONV_TARGET {
@@ -37,8 +37,8 @@ int64_t phase_workspace(const Conv2dProblem& a, const Machine& machine) {
 }
 
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>, input_gradient_workspace<phase_workspace<T>>,
-                                               input_gradient_run<T, run_phase<T>>};
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>,
+                                           input_gradient_workspace<phase_workspace<T>>, input_gradient_run<T, run_phase<T>>};
 
 }  // namespace
 

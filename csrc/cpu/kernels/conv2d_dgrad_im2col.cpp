@@ -1,5 +1,5 @@
-// conv2d_dgrad.im2col: the input gradient in NCHW, as forward convolutions by phases (blocks/input_gradient.h) whose rows are filters
-// (blocks/filter_rows.h). Takes every problem.
+// conv2d_dgrad.im2col: the input gradient in NCHW, as forward convolutions by phases (blocks/input_gradient.h) whose rows are
+// filters (blocks/filter_rows.h). Takes every problem.
 #include "cpu/blocks/filter_rows.h"
 #include "cpu/blocks/input_gradient.h"
 
@@ -15,8 +15,9 @@ double phase_cost(const Conv2dProblem& a, const Machine& machine) {
 }
 
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>, input_gradient_workspace<filter_rows_workspace<T>>,
-                                               input_gradient_run<T, filter_rows_run<T>>};
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>,
+                                           input_gradient_workspace<filter_rows_workspace<T>>,
+                                           input_gradient_run<T, filter_rows_run<T>>};
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// conv2d_dgrad.implicit_gemm: the input gradient in channels_last, as forward convolutions by phases (blocks/input_gradient.h) whose rows
-// are pixels (blocks/pixel_rows.h). Transposed convolution is the same op.
+// conv2d_dgrad.implicit_gemm: the input gradient in channels_last, as forward convolutions by phases (blocks/input_gradient.h)
+// whose rows are pixels (blocks/pixel_rows.h). Transposed convolution is the same op.
 #include "cpu/blocks/input_gradient.h"
 #include "cpu/blocks/pixel_rows.h"
 
@@ -18,8 +18,9 @@ double phase_cost(const Conv2dProblem& a, const Machine& machine) {
 }
 
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>, input_gradient_workspace<pixel_rows_workspace<T>>,
-                                               input_gradient_run<T, pixel_rows_run<T>>};
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>,
+                                           input_gradient_workspace<pixel_rows_workspace<T>>,
+                                           input_gradient_run<T, pixel_rows_run<T>>};
 
 }  // namespace
 

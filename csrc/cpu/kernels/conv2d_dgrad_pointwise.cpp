@@ -1,5 +1,5 @@
-// conv2d_dgrad.pointwise: the input gradient of 1x1 filters, which is a matrix multiplication by the transposed filters; with a stride
-// all but one of the phases are zeros. Linear's input gradient is the same.
+// conv2d_dgrad.pointwise: the input gradient of 1x1 filters, which is a matrix multiplication by the transposed filters; with a
+// stride all but one of the phases are zeros. Linear's input gradient is the same.
 #include "cpu/blocks/filter_rows.h"
 #include "cpu/blocks/input_gradient.h"
 #include "cpu/blocks/pixel_rows.h"
@@ -36,8 +36,8 @@ int64_t phase_workspace(const Conv2dProblem& a, const Machine& machine) {
 }
 
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>, input_gradient_workspace<phase_workspace<T>>,
-                                               input_gradient_run<T, run_phase<T>>};
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>,
+                                           input_gradient_workspace<phase_workspace<T>>, input_gradient_run<T, run_phase<T>>};
 
 }  // namespace
 

@@ -1,6 +1,7 @@
 // conv2d_fwd.direct: reads x, w and y where they lie, whatever their strides, needs no workspace, and takes every problem.
 //
-// It is the kernel that the others may refuse work to. On dense NCHW rows it is a fair kernel too: vectors run along the output row.
+// It is the kernel that the others may refuse work to. On dense NCHW rows it is a fair kernel too: vectors run along the output
+// row.
 #include "cpu/blocks/activation.h"
 #include "cpu/blocks/conv2d_geometry.h"
 #include "cpu/blocks/parallel.h"
@@ -10,8 +11,8 @@ namespace {
 
 // --- tile: kRows filters x kVectors vectors of output columns of one row p.
 //
-// 4 x 2 accumulators + 2 inputs + 1 broadcast weight = 11 registers, under the 16 of AVX2; 8 independent chains hide the latency of
-// 4 cycles on two FMA ports. Six loads for eight FMAs.
+// 4 x 2 accumulators + 2 inputs + 1 broadcast weight = 11 registers, under the 16 of AVX2; 8 independent chains hide the latency
+// of 4 cycles on two FMA ports. Six loads for eight FMAs.
 constexpr int kRows = 4;
 constexpr int kVectors = 2;
 
@@ -94,7 +95,8 @@ void run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context)
   const int64_t filters = a.K / a.groups, blocks = (filters + kRows - 1) / kRows;
   parallel_ranges(context, a.N * a.groups * blocks * a.P, [&](int, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t p = task % a.P, block = task / a.P % blocks, g = task / a.P / blocks % a.groups, n = task / a.P / blocks / a.groups;
+      const int64_t p = task % a.P, block = task / a.P % blocks, g = task / a.P / blocks % a.groups,
+                    n = task / a.P / blocks / a.groups;
       const int64_t k_in_group = block * kRows, k = g * filters + k_in_group;
       const int rows = int(filters - k_in_group < kRows ? filters - k_in_group : kRows);
       const T* x = static_cast<const T*>(args.x) + n * a.x.n + g * (a.C / a.groups) * a.x.c;

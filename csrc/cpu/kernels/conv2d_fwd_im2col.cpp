@@ -1,5 +1,5 @@
-// conv2d_fwd.im2col: a matrix multiplication of filters by columns of pixels, where the column matrix exists a block at a time. Takes
-// every problem; made for NCHW, whose pixels lie side by side.
+// conv2d_fwd.im2col: a matrix multiplication of filters by columns of pixels, where the column matrix exists a block at a time.
+// Takes every problem; made for NCHW, whose pixels lie side by side.
 //
 //   tile       blocks/gemm_tile.h    6 filters x 64 pixels in registers (AVX-512), 4 x 24 (AVX2)
 //   transform  blocks/pixel_panel.h  pixels to panels [channel, tap][pixel], at most 512 KB of them, in L2

@@ -1,6 +1,6 @@
-// conv2d_fwd.pointwise: 1x1 filters, which is a plain matrix multiplication, and so is Linear. Channels-last images put pixels in the
-// rows and pack filters, NCHW images put filters in the rows and pack pixels: what is contiguous is the vector, and the other operand
-// is read where it lies.
+// conv2d_fwd.pointwise: 1x1 filters, which is a plain matrix multiplication, and so is Linear. Channels-last images put pixels in
+// the rows and pack filters, NCHW images put filters in the rows and pack pixels: what is contiguous is the vector, and the other
+// operand is read where it lies.
 //
 //   tile       blocks/gemm_tile.h     6 x 64 in registers (AVX-512), 4 x 24 (AVX2)
 //   transform  blocks/filter_panel.h, blocks/pixel_panel.h

@@ -14,7 +14,8 @@ FC_INLINE vec<T> load_columns(const T* row, int64_t step, int count) {
   return step == 1 ? load(row, count) : load_strided(row, step, count);
 }
 
-// --- multiply: one filter element. Lanes are summed row by row, so that the error grows with a row's length and not with the image.
+// --- multiply: one filter element. Lanes are summed row by row, so that the error grows with a row's length and not with the
+// image.
 template <class T>
 T multiply(const Conv2dProblem& a, const T* x, const T* y, int64_t r, int64_t s) {
   const int64_t offset = s * a.dilation_w - a.pad_left;  // of the column that q = 0 reads

@@ -1,5 +1,5 @@
-// conv2d_wgrad.im2col: the gradient of the filters as a matrix multiplication over pixels, a block of the column matrix at a time. Takes
-// every problem with filters larger than 1x1, in either layout.
+// conv2d_wgrad.im2col: the gradient of the filters as a matrix multiplication over pixels, a block of the column matrix at a
+// time. Takes every problem with filters larger than 1x1, in either layout.
 //
 //   tile       blocks/gemm_tile.h        6 filters x 64 channels of one tap in registers (AVX-512), 4 x 24 (AVX2)
 //   transform  blocks/filter_gradient.cpp  a chunk of at most 512 pixels of x and y at a time, in L2
