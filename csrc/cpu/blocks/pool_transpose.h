@@ -76,7 +76,8 @@ FC_INLINE const char* pool_transpose_rejects(const Pool2dProblem& a) {
 struct PoolBand {
   int64_t begin, end, h_begin, h_end;
 };
-constexpr int64_t kBandBytes = 128 * 1024;  // of input, and of output: a quarter of the L2, the planes themselves pass through
+constexpr int64_t kBandBytes =
+    128 * 1024;  // of input, and of output: an eighth of a 1 MB L2 each, for the planes pass through too
 
 // As many rows of `width` positions as fit; one at least.
 template <class T>

@@ -8,7 +8,8 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// --- tile: one row of column sums, split by the stride, in L1 (112 columns: 640 B a phase).
+// --- tile: one row of column sums, split by the stride, in L1 (3x3 over 112 columns, stride 2: two phases
+// of 80).
 template <class T>
 FC_INLINE int64_t scratch_bytes(const PhaseLayout& layout) {
   return pool_round_up(layout.size() * int64_t(sizeof(T)), 64);
