@@ -1,8 +1,6 @@
-// The depthwise forward convolution (C == groups), which is also the depthwise
-// input gradient when its phases are asked of it.
+// The depthwise forward convolution (C == groups), which is also the depthwise input gradient when its phases are asked of it.
 //
-// Two loop nests: vectors over channels where channels are contiguous
-// (depthwise_channels.cpp), vectors along the row elsewhere
+// Two loop nests: vectors over channels where channels are contiguous (depthwise_channels.cpp), vectors along the row elsewhere
 // (depthwise_rows.cpp). K / groups may be any multiplier.
 #pragma once
 
@@ -43,8 +41,7 @@ int64_t depthwise_workspace(const Conv2dProblem& a, const Machine& machine) {
   return depthwise_over_channels(a) ? depthwise_channels_workspace<T>(a, machine) : depthwise_rows_workspace<T>(a, machine);
 }
 
-// Seconds. Compute and memory traffic add up, because the large layers stream
-// from L3 and the small ones do not.
+// Seconds. Compute and memory traffic add up, because the large layers stream from L3 and the small ones do not.
 template <class T>
 double depthwise_cost(const Conv2dProblem& a, const Machine& machine) {
   const double x_bytes = double(a.N) * double(a.C) * double(a.H) * double(a.W) * sizeof(T);

@@ -9,11 +9,9 @@ namespace {
 
 // --- tile: one vector of channels x 7 or 8 pixels of one output row.
 //
-// 8 sums + S weights of one filter row + 1 input are 12, 14 and 16 registers
-// for S = 3, 5, 7: every ISA has them. With stride 1 a row of the filter takes
-// pixels + S - 1 inputs and S weights from L1 for pixels * S FMAs: 12 loads for
-// 21 with S = 3. Seven pixels because 7, 14, 28, 56 and 112 are what networks
-// have; eight for the powers of two.
+// 8 sums + S weights of one filter row + 1 input are 12, 14 and 16 registers for S = 3, 5, 7: every ISA has them. With stride 1 a
+// row of the filter takes pixels + S - 1 inputs and S weights from L1 for pixels * S FMAs: 12 loads for 21 with S = 3. Seven
+// pixels because 7, 14, 28, 56 and 112 are what networks have; eight for the powers of two.
 constexpr int64_t pixels_of(int64_t columns) { return (columns + 6) / 7 * 7 <= (columns + 7) / 8 * 8 ? 7 : 8; }
 
 // One vector of channels of one output row, in one block of columns.
@@ -34,14 +32,12 @@ struct PixelRow {
   Activation activation;
 };
 
-// --- transform: packed[vector][r][s][lane] = w[k, 0, r, s], zero where there
-// is no channel.
+// --- transform: packed[vector][r][s][lane] = w[k, 0, r, s], zero where there is no channel.
 template <class T>
 void pack_weights(const Conv2dProblem& a, int64_t multiplier, const T* w, int64_t k0, int64_t vectors, T* packed) {
   constexpr int kL = kLanes<T>;
   const int64_t taps = a.R * a.S, k_step = multiplier == 1 ? a.w.g : a.w.k;
-  // The taps of a filter lie side by side, forwards or (for the input gradient)
-  // backwards.
+  // The taps of a filter lie side by side, forwards or (for the input gradient) backwards.
   const int64_t direction = a.S > 1 ? a.w.s : a.R > 1 ? a.w.r : 1;
   const bool dense = (direction == 1 || direction == -1) && (a.S == 1 || a.R == 1 || a.w.r == a.w.s * a.S) &&
                      (multiplier == 1 || a.w.g == a.w.k * multiplier);
@@ -72,24 +68,32 @@ void pack_weights(const Conv2dProblem& a, int64_t multiplier, const T* w, int64_
   }
 }
 
-// Kept out of the tile: inlined there, seven copies of gelu would be most of
-// its code.
-template <class T>
-__attribute__((noinline)) void activate_all(Activation activation, vec<T>* values, int count) {
-  for (int i = 0; i < count; ++i) values[i] = activate(activation, values[i]);
-}
-
 // --- multiply. kR is 0 where the number of rows is only known at run time, kS and kStride likewise.
 template <class T, int kPixels, int kS, int kStride>
 FC_INLINE void multiply_taps(const T* line, const vec<T>* weight, vec<T> (&sum)[kPixels]) {
 #pragma GCC unroll 32
   for (int column = 0; column < (kPixels - 1) * kStride + kS; ++column) {
-    const vec<T> x = load(line + column * kLanes<T>);
+    // GCC would make the load an operand of each of its FMAs: 63 loads for 63 FMAs of a 3x3 tile instead of 27, and 5 % slower.
+    vec<T> x = load(line + column * kLanes<T>);
+#ifdef __x86_64__
+    asm("" : "+v"(x.v));
+#endif
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; ++i) {
       const int s = column - i * kStride;
       if (s >= 0 && s < kS) sum[i] = fma(x, weight[s], sum[i]);
     }
+  }
+}
+
+// sum + residual, activated and stored: `count` pixels of `lanes` lanes. Kept out of the tile, because it is for tails, residuals
+// and the activations that need an exponential; inlined, their code would be most of the tile's.
+template <class T>
+__attribute__((noinline)) void finish_slowly(const PixelRow<T>& a, const vec<T>* sum, int64_t q, int count) {
+  for (int i = 0; i < count; ++i) {
+    const int64_t offset = (q + i) * a.y_step;
+    const vec<T> value = a.residual ? sum[i] + load(a.residual + offset, a.lanes) : sum[i];
+    store(a.y + offset, activate(a.activation, value), a.lanes);
   }
 }
 
@@ -105,15 +109,21 @@ void multiply_row(const PixelRow<T>& a) {
     for (int t = 0; t < kR * kS; ++t) resident[t] = load(a.w + t * kL);
   }
   const vec<T> bias = load(a.bias);
-  for (int64_t q = 0; q < a.pixels; q += kPixels) {
+  // Everything that the loop needs is copied: the compiler must assume that a store to y changes the fields.
+  const T* const* lines = a.lines;
+  const int64_t line_step = a.line_step, line_offset = a.line_offset, taps = a.taps, y_step = a.y_step, pixels = a.pixels;
+  const Activation activation = a.activation;
+  const bool slow = a.residual || a.lanes < kL || activation > Activation::relu6;
+  T* y = a.y;
+  for (int64_t q = 0; q < pixels; q += kPixels, y += kPixels * y_step) {
     vec<T> sum[kPixels];
 #pragma GCC unroll 8
-    for (int i = 0; i < kPixels; ++i) sum[i] = zero<T>();
+    for (int i = 0; i < kPixels; ++i) sum[i] = bias;
     const T* w = a.w;
     if constexpr (kR > 0) {
 #pragma GCC unroll 8
       for (int r = 0; r < kR; ++r) {
-        const T* line = a.lines[r * a.line_step] + a.line_offset + q * kStride * kL;
+        const T* line = lines[r * line_step] + line_offset + q * kStride * kL;
         if constexpr (kResident) {
           multiply_taps<T, kPixels, kS, kStride>(line, resident + r * kS, sum);
         } else {
@@ -124,58 +134,41 @@ void multiply_row(const PixelRow<T>& a) {
         }
       }
     } else if constexpr (kS > 0) {
-      for (int64_t r = 0; r < a.taps; ++r) {
+      for (int64_t r = 0; r < taps; ++r) {
         vec<T> weight[kS];
 #pragma GCC unroll 8
         for (int s = 0; s < kS; ++s) weight[s] = load(w + s * kL);
-        multiply_taps<T, kPixels, kS, kStride>(a.lines[r * a.line_step] + a.line_offset + q * kStride * kL, weight, sum);
+        multiply_taps<T, kPixels, kS, kStride>(lines[r * line_step] + line_offset + q * kStride * kL, weight, sum);
         w += kS * kL;
       }
     } else {
-      for (int64_t r = 0; r < a.taps; ++r) {
-        const T* line = a.lines[r * a.line_step] + a.line_offset + q * a.stride * kL;
-        for (int64_t s = 0; s < a.S; ++s) {
+      const int64_t stride = a.stride, dilation = a.dilation, S = a.S;
+      for (int64_t r = 0; r < taps; ++r) {
+        const T* line = lines[r * line_step] + line_offset + q * stride * kL;
+        for (int64_t s = 0; s < S; ++s) {
           const vec<T> weight = load(w);
 #pragma GCC unroll 8
-          for (int i = 0; i < kPixels; ++i) sum[i] = fma(load(line + (i * a.stride + s * a.dilation) * kL), weight, sum[i]);
+          for (int i = 0; i < kPixels; ++i) sum[i] = fma(load(line + (i * stride + s * dilation) * kL), weight, sum[i]);
           w += kL;
         }
       }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kPixels; ++i) sum[i] = sum[i] + bias;
-    const int count = a.pixels - q < kPixels ? int(a.pixels - q) : kPixels;
-    if (a.residual) {
-      const T* residual = a.residual + q * a.y_step;
-#pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) {
-        if (i < count) sum[i] = sum[i] + load(residual + i * a.y_step, a.lanes);
-      }
-    }
-    if (a.activation == Activation::relu) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) sum[i] = activate(Activation::relu, sum[i]);
-    } else if (a.activation == Activation::relu6) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) sum[i] = activate(Activation::relu6, sum[i]);
-    } else if (a.activation != Activation::none) {
+    if (slow || pixels - q < kPixels) {
       vec<T> copy[kPixels];
 #pragma GCC unroll 8
       for (int i = 0; i < kPixels; ++i) copy[i] = sum[i];
-      activate_all(a.activation, copy, kPixels);
-#pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) sum[i] = copy[i];
+      finish_slowly(a, copy, q, pixels - q < kPixels ? int(pixels - q) : kPixels);
+      continue;
     }
-    T* y = a.y + q * a.y_step;
-    if (count == kPixels && a.lanes == kL) {
+    if (activation == Activation::relu) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) store(y + i * a.y_step, sum[i]);
-    } else {
+      for (int i = 0; i < kPixels; ++i) sum[i] = activate(Activation::relu, sum[i]);
+    } else if (activation == Activation::relu6) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) {
-        if (i < count) store(y + i * a.y_step, sum[i], a.lanes);
-      }
+      for (int i = 0; i < kPixels; ++i) sum[i] = activate(Activation::relu6, sum[i]);
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kPixels; ++i) store(y + i * y_step, sum[i]);
   }
 }
 
@@ -238,9 +231,8 @@ int64_t scratch_bytes(const Conv2dProblem& a) {
 
 }  // namespace
 
-// --- run: one task is one output row of one sample, block of channels and
-// block of columns. Rows come last in the order, so that a thread walks down
-// the ring.
+// --- run: one task is one output row of one sample, block of channels and block of columns. Rows come last in the order, so that
+// a thread walks down the ring.
 template <class T>
 void depthwise_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
   constexpr int kL = kLanes<T>;

@@ -1,5 +1,4 @@
-// Depthwise forward with vectors along the output row (NCHW, and whatever else
-// is not NHWC).
+// Depthwise forward with vectors along the output row (NCHW, and whatever else is not NHWC).
 #include "cpu/blocks/activation.h"
 #include "cpu/blocks/depthwise.h"
 #include "cpu/blocks/depthwise_lines.h"
@@ -10,11 +9,9 @@ namespace {
 
 // --- tile: kRows output rows x one vector of columns of one channel.
 //
-// Taps that are not a multiple of the vector apart make unaligned loads, and a
-// 64-byte load that crosses a line takes two cycles. So every load should serve
-// several FMAs: with stride 1 the x of one input row and one s meets kRows
-// output rows, and 7 rows of a 3x3 filter need 27 loads for 63 FMAs. 7 sums + 9
-// weights + 1 input are 17 of AVX-512's 32 registers; the others have 16, and
+// Taps that are not a multiple of the vector apart make unaligned loads, and a 64-byte load that crosses a line takes two cycles.
+// So every load should serve several FMAs: with stride 1 the x of one input row and one s meets kRows output rows, and 7 rows of
+// a 3x3 filter need 27 loads for 63 FMAs. 7 sums + 9 weights + 1 input are 17 of AVX-512's 32 registers; the others have 16, and
 // take 4 rows: 14. Seven divides 7, 14, 28, 56 and 112.
 constexpr int kRows = kVectorRegisters == 32 ? 7 : 4;
 
@@ -100,8 +97,8 @@ FC_INLINE void store_tile(const RowTile<T>& a, vec<T> (&sum)[kRows], int64_t q) 
   }
 }
 
-// --- multiply. kR and kS are 0 where they are only known at run time;
-// otherwise the vertical dilation is 1 and the stride kStride.
+// --- multiply. kR and kS are 0 where they are only known at run time; otherwise the vertical dilation is 1 and the stride
+// kStride.
 template <class T, int kR, int kS, int kStride>
 void multiply_tile(const RowTile<T>& a) {
   constexpr int kL = kLanes<T>;
@@ -169,8 +166,7 @@ int64_t scratch_bytes(const Conv2dProblem& a) {
 
 }  // namespace
 
-// --- run: one task is kRows output rows of one sample, group and block of
-// columns; the filters of a group share its lines.
+// --- run: one task is kRows output rows of one sample, group and block of columns; the filters of a group share its lines.
 template <class T>
 void depthwise_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
   const RowBlocks<T> blocks(a, kRows);
@@ -181,16 +177,19 @@ void depthwise_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Co
     Scratch<T> scratch(a, blocks, arena);
     scratch.ring.fill_zeros();
     for (int64_t s = 0; s < a.S; ++s) scratch.columns[s] = blocks.offset(a, s);
-    int64_t unit = begin / tiles - 1, p0 = a.P, n = 0, g = 0, q0 = 0;
+    int64_t unit = begin / tiles;
+    int64_t p0 = begin % tiles * kRows, q_block = unit % blocks.q_blocks;
+    int64_t g = unit / blocks.q_blocks % a.groups, n = unit / blocks.q_blocks / a.groups;
     for (int64_t task = begin; task < end; ++task, p0 += kRows) {
       if (p0 >= a.P) {
-        p0 = task == begin ? begin % tiles * kRows : 0;
-        ++unit;
-        q0 = unit % blocks.q_blocks * blocks.q_size;
-        g = unit / blocks.q_blocks % a.groups;
-        n = unit / blocks.q_blocks / a.groups;
+        p0 = 0;
         scratch.ring.clear();
+        if (++q_block == blocks.q_blocks) {
+          q_block = 0;
+          if (++g == a.groups) g = 0, ++n;
+        }
       }
+      const int64_t q0 = q_block * blocks.q_size;
       const int64_t w0 = q0 * a.stride_w - a.pad_left;
       RowTile<T> tile;
       tile.rows = a.P - p0 < kRows ? int(a.P - p0) : kRows;
@@ -204,8 +203,10 @@ void depthwise_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Co
       tile.activation = a.epilogue.activation;
       for (int64_t k = g * filters; k < (g + 1) * filters; ++k) {
         const T* w = static_cast<const T*>(args.w) + g * a.w.g + (k - g * filters) * a.w.k;
-        for (int64_t r = 0; r < a.R; ++r) {
-          for (int64_t s = 0; s < a.S; ++s) scratch.weights[r * a.S + s] = w[r * a.w.r + s * a.w.s];
+        if (p0 == 0 || task == begin || filters > 1) {
+          for (int64_t r = 0; r < a.R; ++r) {
+            for (int64_t s = 0; s < a.S; ++s) scratch.weights[r * a.S + s] = w[r * a.w.r + s * a.w.s];
+          }
         }
         const int64_t y_offset = n * a.y.n + k * a.y.c + p0 * a.y.h + q0 * a.y.w;
         tile.y = static_cast<T*>(args.y) + y_offset;

@@ -1,5 +1,5 @@
-// What the two loop nests of the depthwise weight gradient share: how the taps
-// are cut into register tiles and the rows into pieces.
+// What the two loop nests of the depthwise weight gradient share: how the taps are cut into register tiles and the rows into
+// pieces.
 #pragma once
 
 #include "cpu/blocks/conv2d_geometry.h"
@@ -7,14 +7,12 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// Taps whose sums are in registers at a time: kRows rows of the filter x
-// kColumns of its columns. Taps that fill no tile come one by one, at less than
-// half the speed.
+// Taps whose sums are in registers at a time: kRows rows of the filter x kColumns of its columns. Taps that fill no tile come one
+// by one, at less than half the speed.
 //
-// All nine of a 3x3: each is a chain of its own, and nine hide the latency of 4
-// cycles on two FMA ports. AVX-512 holds all 25 of a 5x5 beside y and x; with
-// 16 registers it is one column of five, and for 7x7 one of seven everywhere:
-// in NCHW a row of x then serves seven taps.
+// All nine of a 3x3: each is a chain of its own, and nine hide the latency of 4 cycles on two FMA ports. AVX-512 holds all 25 of
+// a 5x5 beside y and x; with 16 registers it is one column of five, and for 7x7 one of seven everywhere: in NCHW a row of x then
+// serves seven taps.
 template <int kS>
 struct TapTile;
 template <>
@@ -34,8 +32,7 @@ struct TapTile<7> {
   static constexpr int rows = 7, columns = 1;
 };
 
-// visit.template operator()<rows, columns>(r, s) for tiles that cover rows
-// r_begin..r_end and all S columns of a filter.
+// visit.template operator()<rows, columns>(r, s) for tiles that cover rows r_begin..r_end and all S columns of a filter.
 template <int kS, class Visit>
 FC_INLINE void for_each_tap_tile(int64_t r_begin, int64_t r_end, int64_t S, const Visit& visit) {
   constexpr int kRows = TapTile<kS>::rows, kColumns = TapTile<kS>::columns;
@@ -61,10 +58,8 @@ FC_INLINE void with_tap_tile(int64_t S, const Visit& visit) {
   return visit.template operator()<3>();
 }
 
-// Rows of y are summed in pieces, so that a few channels keep many threads
-// busy. How many there are depends on the problem alone, and they are added in
-// order: the bits do not depend on the threads. A piece is at least kPieceRows
-// rows long.
+// Rows of y are summed in pieces, so that a few channels keep many threads busy. How many there are depends on the problem alone,
+// and they are added in order: the bits do not depend on the threads. A piece is at least kPieceRows rows long.
 inline constexpr int64_t kWantedTasks = 16, kPieceRows = 16;
 
 FC_INLINE EvenSplit row_pieces(int64_t rows, int64_t rows_at_a_time, int64_t blocks) {

@@ -6,13 +6,11 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// --- tile: one vector of channels, the sums of a tile of taps in registers
-// (TapTile), and one row of y going by: for nine FMAs one load of y and nine of
-// x, all aligned and from L1.
+// --- tile: one vector of channels, the sums of a tile of taps in registers (TapTile), and one row of y going by: for nine FMAs
+// one load of y and nine of x, all aligned and from L1.
 //
-// Sums have three levels, so that the error grows with the row, the height and
-// the batch, and not with their product: registers for one row, then all rows
-// of a sample, then all samples of the piece.
+// Sums have three levels, so that the error grows with the row, the height and the batch, and not with their product: registers
+// for one row, then all rows of a sample, then all samples of the piece.
 
 // One row of y for one vector of channels.
 template <class T>
@@ -126,8 +124,7 @@ struct Layout {
   FC_INLINE int64_t partial_bytes() const { return round_up(pieces.parts * partial * int64_t(sizeof(T)), 64); }
 };
 
-// Sums rows begin..end of the N*P rows of y for one block of channels into
-// scratch.piece_sums.
+// Sums rows begin..end of the N*P rows of y for one block of channels into scratch.piece_sums.
 template <class T>
 void sum_piece(const Conv2dProblem& a, const Conv2dArgs& args, const Layout<T>& layout, Scratch<T>& scratch,
                RowFunction<T> multiply, int64_t block, int64_t begin, int64_t end) {

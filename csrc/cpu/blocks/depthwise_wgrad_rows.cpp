@@ -1,5 +1,4 @@
-// Depthwise weight gradient with vectors along the row (NCHW, and whatever else
-// is not NHWC).
+// Depthwise weight gradient with vectors along the row (NCHW, and whatever else is not NHWC).
 #include "cpu/blocks/depthwise_lines.h"
 #include "cpu/blocks/depthwise_wgrad.h"
 #include "cpu/blocks/parallel.h"
@@ -7,13 +6,12 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// --- tile: one channel, kRows rows of y, the sums of a tile of taps in
-// registers (TapTile), each with one lane for every column modulo the lanes.
+// --- tile: one channel, kRows rows of y, the sums of a tile of taps in registers (TapTile), each with one lane for every column
+// modulo the lanes.
 //
-// Each x meets up to three of the four rows of y, so the unaligned loads, two
-// cycles each where they cross a line, are 18 for 36 FMAs of a 3x3. 9 sums + 4
-// rows of y + 1 input are 14 of 16 registers. Levels of sums: a tile, then a
-// sample, then the piece; lanes last.
+// Each x meets up to three of the four rows of y, so the unaligned loads, two cycles each where they cross a line, are 18 for 36
+// FMAs of a 3x3. 9 sums + 4 rows of y + 1 input are 14 of 16 registers. Levels of sums: a tile, then a sample, then the piece;
+// lanes last.
 constexpr int kRows = 4;
 
 template <class T>
@@ -28,8 +26,7 @@ struct TileProduct {
   T* sums;  // [R][S][lane], then [lane] of the bias
 };
 
-// --- transform: only the copied lines.
-// Kept out of the tile: one load for each lane would be most of its code.
+// --- transform: only the copied lines. Kept out of the tile: one load for each lane would be most of its code.
 template <class T>
 __attribute__((noinline)) void gather_y(const T* y, int64_t step, int lanes, vec<T>& to) {
   to = load_strided(y, step, lanes);
@@ -47,8 +44,7 @@ FC_INLINE vec<T> load_y(const TileProduct<T>& a, int b, int64_t q, int lanes) {
   return kTail ? load(y, lanes) : load(y);
 }
 
-// --- multiply. kDense: stride and dilation of the rows are 1, so that rows of
-// x serve several rows of y.
+// --- multiply. kDense: stride and dilation of the rows are 1, so that rows of x serve several rows of y.
 template <class T, int kTapRows, int kTapColumns, bool kDense>
 FC_INLINE void multiply_taps(const TileProduct<T>& a, int64_t r0, int64_t s0) {
   constexpr int kL = kLanes<T>;
@@ -64,8 +60,7 @@ FC_INLINE void multiply_taps(const TileProduct<T>& a, int64_t r0, int64_t s0) {
     }
   }
   const T* const* lines = a.lines + r0 * a.dilation_h;
-  // Past the last column y is zero, and so must x be: zero times an infinity of
-  // the next column would be NaN.
+  // Past the last column y is zero, and so must x be: zero times an infinity of the next column would be NaN.
   const auto step = [&]<bool kTail>(int64_t q, int lanes) __attribute__((always_inline)) {
     vec<T> dy[kRows];
 #pragma GCC unroll 8
@@ -165,6 +160,7 @@ struct Layout {
   RowBlocks<T> blocks;
   int64_t tiles;       // of kRows rows in a sample
   EvenSplit pieces;    // of the N * tiles
+  int64_t filters;     // of one group
   int64_t sums;        // of one filter: R*S taps and the bias
   int64_t per_thread;  // bytes
 
@@ -172,6 +168,7 @@ struct Layout {
       : blocks(a, kRows),
         tiles((a.P + kRows - 1) / kRows),
         pieces(row_pieces(a.N * tiles, kRows, a.groups)),
+        filters(a.K / a.groups),
         sums(a.R * a.S + 1) {
     Arena arena(nullptr);
     Scratch<T>(a, blocks, arena);
@@ -187,10 +184,10 @@ template <class T>
 void sum_piece(const Conv2dProblem& a, const Conv2dArgs& args, const Layout<T>& layout, Scratch<T>& scratch,
                TileFunction<T> multiply, int64_t g, int64_t begin, int64_t end) {
   const RowBlocks<T>& blocks = layout.blocks;
-  const int64_t filters = a.K / a.groups, sums = layout.sums * kLanes<T>;
+  const int64_t filters = layout.filters, sums = layout.sums * kLanes<T>;
   for (int64_t i = 0; i < filters * sums; ++i) scratch.sample_sums[i] = scratch.piece_sums[i] = T(0);
   for (int64_t first = begin; first < end;) {
-    const int64_t n = first / layout.tiles, base = n * layout.tiles;
+    const int64_t n = divide(first, layout.tiles), base = n * layout.tiles;
     const int64_t last = end - base < layout.tiles ? end - base : layout.tiles;
     for (int64_t q0 = 0; q0 < a.Q; q0 += blocks.q_size) {
       scratch.ring.clear();
@@ -221,12 +218,12 @@ void sum_piece(const Conv2dProblem& a, const Conv2dArgs& args, const Layout<T>& 
 
 // dw and the bias gradient of filter k.
 template <class T>
-FC_INLINE void write_gradient(const Conv2dProblem& a, const Conv2dArgs& args, int64_t g, int64_t f, const T* sums) {
+FC_INLINE void write_gradient(const Conv2dProblem& a, const Conv2dArgs& args, int64_t g, int64_t f, int64_t k, const T* sums) {
   T* w = static_cast<T*>(args.w) + g * a.w.g + f * a.w.k;
   for (int64_t r = 0; r < a.R; ++r) {
     for (int64_t s = 0; s < a.S; ++s) w[r * a.w.r + s * a.w.s] = sums[r * a.S + s];
   }
-  if (a.epilogue.bias) static_cast<T*>(args.bias)[g * (a.K / a.groups) + f] = sums[a.R * a.S];
+  if (a.epilogue.bias) static_cast<T*>(args.bias)[k] = sums[a.R * a.S];
 }
 
 }  // namespace
@@ -239,7 +236,7 @@ void depthwise_wgrad_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, co
   with_tap_tile(a.S, [&]<int kS>() {
     multiply = a.stride_h == 1 && a.dilation_h == 1 ? multiply_tile<T, kS, true> : multiply_tile<T, kS, false>;
   });
-  const int64_t pieces = layout.pieces.parts, filters = a.K / a.groups;
+  const int64_t pieces = layout.pieces.parts, filters = layout.filters;
   T* partials = static_cast<T*>(context.workspace);  // [piece][K][sums]
   parallel_ranges(context, a.groups * pieces, [&](int thread, int64_t begin, int64_t end) {
     Arena arena(static_cast<char*>(context.workspace) + layout.partial_bytes(a) + thread * layout.per_thread);
@@ -247,13 +244,15 @@ void depthwise_wgrad_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, co
     scratch.ring.fill_zeros();
     for (int64_t s = 0; s < a.S; ++s) scratch.columns[s] = layout.blocks.offset(a, s);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task / pieces, piece = task % pieces, first = layout.pieces.begin(piece);
-      sum_piece(a, args, layout, scratch, multiply, g, first, first + layout.pieces.size(piece));
+      const int64_t g = divide(task, pieces), piece = task - g * pieces;
+      const int64_t first = pieces == 1 ? 0 : layout.pieces.begin(piece);
+      const int64_t size = pieces == 1 ? layout.pieces.count : layout.pieces.size(piece);
+      sum_piece(a, args, layout, scratch, multiply, g, first, first + size);
       for (int64_t f = 0; f < filters; ++f) {
         T* to = partials + (piece * a.K + g * filters + f) * layout.sums;
         for (int64_t i = 0; i < layout.sums; ++i)
           to[i] = reduce_add(load(scratch.piece_sums + (f * layout.sums + i) * kLanes<T>));
-        if (pieces == 1) write_gradient(a, args, g, f, to);
+        if (pieces == 1) write_gradient(a, args, g, f, g * filters + f, to);
       }
     }
   });
@@ -263,7 +262,7 @@ void depthwise_wgrad_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, co
     for (int64_t piece = 1; piece < pieces; ++piece) {
       for (int64_t i = 0; i < layout.sums; ++i) sums[i] += partials[(piece * a.K + k) * layout.sums + i];
     }
-    write_gradient(a, args, k / filters, k % filters, sums);
+    write_gradient(a, args, k / filters, k % filters, k, sums);
   }
 }
 

@@ -1,7 +1,5 @@
-// conv2d_dgrad.depthwise: the input gradient as depthwise forward convolutions
-// by phases (blocks/input_gradient.h), on the loops of conv2d_fwd.depthwise.
-// With more than one filter in a group the phases would sum over them, which
-// depthwise does not.
+// conv2d_dgrad.depthwise: the input gradient as depthwise forward convolutions by phases (blocks/input_gradient.h), on the loops
+// of conv2d_fwd.depthwise. With more than one filter in a group the phases would sum over them, which depthwise does not.
 #include "cpu/blocks/depthwise.h"
 #include "cpu/blocks/input_gradient.h"
 

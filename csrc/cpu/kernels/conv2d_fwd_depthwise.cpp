@@ -1,8 +1,6 @@
-// conv2d_fwd.depthwise: one input channel for each group. There is no sum over
-// channels, so no GEMM: the work is done by the loops of
-// blocks/depthwise_channels.cpp (NHWC) and blocks/depthwise_rows.cpp
-// (everything else), which hold the tile, transform, multiply and run sections
-// and are shared with the input gradient.
+// conv2d_fwd.depthwise: one input channel for each group. There is no sum over channels, so no GEMM: the work is done by the
+// loops of blocks/depthwise_channels.cpp (NHWC) and blocks/depthwise_rows.cpp (everything else), which hold the tile, transform,
+// multiply and run sections and are shared with the input gradient.
 #include "cpu/blocks/depthwise.h"
 
 namespace fastconv::FASTCONV_TARGET {

@@ -1,7 +1,5 @@
-// conv2d_wgrad.depthwise: one input channel for each group, so the gradient of
-// a filter is R*S dot products of two planes. The loops are
-// blocks/depthwise_wgrad_channels.cpp (NHWC) and
-// blocks/depthwise_wgrad_rows.cpp (everything else).
+// conv2d_wgrad.depthwise: one input channel for each group, so the gradient of a filter is R*S dot products of two planes. The
+// loops are blocks/depthwise_wgrad_channels.cpp (NHWC) and blocks/depthwise_wgrad_rows.cpp (everything else).
 #include "cpu/blocks/depthwise.h"
 #include "cpu/blocks/depthwise_wgrad.h"
 
