@@ -24,13 +24,13 @@ Machine machine_with(int threads) {
 }
 
 // Law 7: a sample's bits may not depend on how many others come with it, or on the threads. Algorithms sum in different orders,
-// so the choice between them sees neither: costs are predicted for one thread, and for a batch of kNominalBatch unless the batch
-// is what is summed over.
-constexpr int64_t kNominalBatch = 8;
+// so the choice between them sees neither: costs are predicted for one thread, and for a nominal batch unless the batch is what
+// is summed over. Images of a few pixels are Linear's rows, which come by the dozen.
+constexpr int64_t kNominalBatch = 8, kNominalPixels = 64;
 
 template <class Problem>
 Problem nominal(const std::string& op, Problem problem) {
-  if (op != "conv2d_wgrad") problem.N = kNominalBatch;
+  if (op != "conv2d_wgrad") problem.N = std::max(kNominalBatch, kNominalPixels / std::max<int64_t>(problem.P * problem.Q, 1));
   return problem;
 }
 

@@ -28,6 +28,11 @@ Conv2dProblem flatten(Conv2dProblem a) {
   return a;
 }
 
+// Whether a filter's channels and taps are one run of memory.
+FC_INLINE bool filters_in_place(const Conv2dProblem& a) {
+  return a.w.c == a.R * a.S && (a.R * a.S == 1 || (a.w.s == 1 && a.w.r == a.S));
+}
+
 struct Blocking {
   EvenSplit chunks;    // the channels of a group, so that chunk*R*S stays near kMaxDepth
   EvenSplit vectors;   // the pixels of the batch in vectors, cut into panels
@@ -35,7 +40,7 @@ struct Blocking {
   int64_t panel_size;  // elements of a packed panel, and the vector that pack_pixels may spill behind it
   int64_t panels_per_block;
   int64_t filter_splits;
-  bool in_place;  // a filter's channels and taps are one run of memory
+  bool in_place;  // filters_in_place
 
   template <class T>
   static Blocking of(const Conv2dProblem& a, int threads) {
@@ -49,11 +54,13 @@ struct Blocking {
     const int64_t bytes = depth * GemmTile::kMaxVectors * kLanes<T> * int64_t(sizeof(T)) + description;
     const int64_t panels = clamp(kMaxPanelBytes / bytes, 1, vectors.parts);
     const int64_t tasks = vectors.parts * a.groups;
-    const bool in_place = a.w.c == plane && (plane == 1 || (a.w.s == 1 && a.w.r == a.S));
-    return {chunks,  vectors,
-            depth,   (depth * GemmTile::kMaxVectors + 1) * kLanes<T>,
-            panels,  tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads,
-            in_place};
+    return {chunks,
+            vectors,
+            depth,
+            (depth * GemmTile::kMaxVectors + 1) * kLanes<T>,
+            panels,
+            tasks % threads == 0 || tasks >= 8 * threads ? 1 : threads,
+            filters_in_place(a)};
   }
 };
 
@@ -210,11 +217,17 @@ double filter_rows_efficiency(const Conv2dProblem& a) {
   const double depth = double(a.R) * double(a.S) * double(a.C / a.groups);
   const double lanes = pixels / double(round_up(int64_t(pixels), kLanes<T>));
   const double start = depth / (depth + 12);  // a tile's prologue and stores take about as long as twelve steps
-  // A packed vector of pixels costs as much as its use by ten filters, and by fifty where it has to be gathered lane by lane.
+  // A vector of pixels is packed, and stored, in as many pieces as there are output rows in it: one on large maps, sixteen for
+  // Linear's images of one pixel. A piece packed costs as much as its use by ten filters, fifty where it is gathered lane by
+  // lane.
+  const Conv2dProblem flat = flatten(a);
+  const double pieces = flat.Q < kLanes<T> ? double(kLanes<T>) / double(flat.Q) : 1;
   const int64_t step = a.stride_w * a.x.w;
-  const double pack = step == 1 ? 10 : step == 2 ? 15 : 50;
-  const double scatter = a.y.w == 1 ? 1 : depth / (depth + 60);
-  return 0.9 * lanes * start * filters / (filters + pack) * scatter;
+  const double pack = pieces * (step == 1 || flat.Q == 1 ? 10 : step == 2 ? 15 : 50);
+  const double scatter = depth / (depth + 16 * (pieces - 1) + (a.y.w == 1 ? 0 : 60));
+  // A copied filter element costs as much as its use by 32 pixels.
+  const double copy = filters_in_place(a) ? 1 : pixels / (pixels + 32);
+  return 0.9 * lanes * start * filters / (filters + pack) * scatter * copy;
 }
 
 template int64_t filter_rows_workspace<float>(const Conv2dProblem&, const Machine&);

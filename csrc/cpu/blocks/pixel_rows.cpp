@@ -244,7 +244,8 @@ double pixel_rows_efficiency(const Conv2dProblem& a) {
   const double start = depth / (depth + 12);  // a tile's prologue and stores take about as long as twelve steps
   const double wide = vectors >= 4 ? 1 : vectors >= 2 ? 0.9 : 0.7;  // loads per FMA of the narrow tiles
   const double pixels = double(a.N) * double(a.P) * double(a.Q);
-  const double packing = pixels / (pixels + 16);  // a packed element costs about as much as 16 pixels' use of it
+  // A packed element costs as much as its use by 16 pixels where it is transposed, by 4 where it is copied.
+  const double packing = pixels / (pixels + (a.w.k == 1 ? 4 : 16));
   return 0.92 * lanes * start * wide * packing;
 }
 
