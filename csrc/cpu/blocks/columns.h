@@ -5,8 +5,9 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// How far ahead rows are prefetched, in vectors: each row is a stream of its own, and sixteen at a time are more than the hardware
-// follows across pages. 512 -> 2048 filters of 1x1 pack at 10.6 GB/s instead of 8.1; four vectors do as well, eight are worse.
+// How far ahead rows are prefetched, in vectors: each row is a stream of its own, and sixteen at a time are more than the
+// hardware follows across pages. 512 -> 2048 filters of 1x1 pack at 10.6 GB/s instead of 8.1; four vectors do as well, eight are
+// worse.
 inline constexpr int kPrefetchVectors = 2;
 
 // Reads `count` consecutive elements of kLanes rows that are `step` apart (rows from `lanes` on count as zero) and hands them
