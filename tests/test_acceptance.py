@@ -24,6 +24,7 @@ SPECIALISTS = {
     "channels": 0.4,
     "rows": 0.4,
     "windows": 0.4,
+    "global": 0.02,
     "transposed": 0.4,
 }
 GENERALISTS = 0.5
