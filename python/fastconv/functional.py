@@ -6,6 +6,7 @@ says how often and why.
 
 from __future__ import annotations
 
+from . import _resolvers  # noqa: F401 - registers itself
 from ._convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, linear
 from ._pooling import (
     adaptive_avg_pool1d,

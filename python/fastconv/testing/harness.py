@@ -78,7 +78,7 @@ def _strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 def verdicts(op: str, case: Case, dtype: str, threads: int = 1) -> dict[str, str]:
     """Each kernel of the op by name: '' if it accepts the case, otherwise why not."""
-    return {name: verdict for name, verdict, _ in native().explain(op, native_problem(case, dtype), threads)}
+    return {name: verdict for name, verdict, _ in native().explain(op, native_problem(case, dtype))}
 
 
 def make_inputs(op: str, case: Case, values: fill.Fill = fill.normal) -> Arrays:
