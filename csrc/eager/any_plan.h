@@ -24,6 +24,10 @@ class AnyPlan {
     return std::visit([](const auto& plan) { return plan.machine.threads; }, plan_);
   }
 
+  double predicted_seconds() const {
+    return std::visit([](const auto& plan) { return plan.kernel->cost(plan.problem, plan.machine); }, plan_);
+  }
+
   // Without the GIL. Throws std::bad_variant_access where the plan is for the other kind of problem.
   void run(const Conv2dArgs& args, void* workspace) const { run(std::get<Plan<Conv2dProblem>>(plan_), args, workspace); }
   void run(const Pool2dArgs& args, void* workspace) const { run(std::get<Plan<Pool2dProblem>>(plan_), args, workspace); }

@@ -13,12 +13,12 @@ namespace fastconv {
 namespace {
 
 template <class Args>
-bool run_any(const AnyPlan& plan, const Args& args) {
+bool run_any(const Recipe& recipe, const Args& args) {
   try {
-    const Scratch scratch(plan.workspace());
-    PyThreadState* state = PyEval_SaveThread();
-    plan.run(args, scratch.data());
-    PyEval_RestoreThread(state);
+    const Scratch scratch(recipe.plan->workspace());
+    PyThreadState* state = recipe.brief ? nullptr : PyEval_SaveThread();
+    recipe.plan->run(args, scratch.data());
+    if (state) PyEval_RestoreThread(state);
     return true;
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
@@ -32,8 +32,8 @@ Registered registered[kOps];
 
 PyObject* none() { Py_RETURN_NONE; }
 
-bool run(const AnyPlan& plan, const Conv2dArgs& args) { return run_any(plan, args); }
-bool run(const AnyPlan& plan, const Pool2dArgs& args) { return run_any(plan, args); }
+bool run(const Recipe& recipe, const Conv2dArgs& args) { return run_any(recipe, args); }
+bool run(const Recipe& recipe, const Pool2dArgs& args) { return run_any(recipe, args); }
 
 PyObject* allocate(const Torch& torch, PyObject* shape, PyObject* strides, PyObject* dtype, void** address) {
   PyObject* tensor = torch.empty(shape, strides, dtype);

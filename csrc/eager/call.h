@@ -78,9 +78,9 @@ class Call {
   Key key_;
 };
 
-// Runs a plan on scratch of this thread, without the GIL. False with a Python exception set.
-bool run(const AnyPlan& plan, const Conv2dArgs& args);
-bool run(const AnyPlan& plan, const Pool2dArgs& args);
+// Runs a recipe's plan on scratch of this thread, without the GIL if it takes long. False with a Python exception set.
+bool run(const Recipe& recipe, const Conv2dArgs& args);
+bool run(const Recipe& recipe, const Pool2dArgs& args);
 
 // A tensor to be written, of the recipe's shape unless another is given, and its address. Null with a Python exception set.
 PyObject* allocate(const Torch& torch, PyObject* shape, PyObject* strides, PyObject* dtype, void** address);

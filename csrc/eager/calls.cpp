@@ -30,8 +30,8 @@ PyObject* answer(Op op, Call& call, PyObject* const* args) {
     y = allocate(call.torch(), recipe.shape, recipe.strides, call.torch().dtype(call.operand(0).dtype), &address);
     Address x = call.operand(0).data;
     if (y && !(op == kConv2d || op == kLinear
-                   ? run(*recipe.plan, Conv2dArgs{x, call.operand(1).data, call.operand(2).data, nullptr, address})
-                   : run(*recipe.plan, Pool2dArgs{x, address, nullptr}))) {
+                   ? run(recipe, Conv2dArgs{x, call.operand(1).data, call.operand(2).data, nullptr, address})
+                   : run(recipe, Pool2dArgs{x, address, nullptr}))) {
       Py_CLEAR(y);
     }
   }

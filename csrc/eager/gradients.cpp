@@ -97,7 +97,7 @@ bool input_gradient(Call& call, PyObject** out) {
   const auto& recipe = *reinterpret_cast<Recipe*>(found.get());
   void* dx;
   Held tensor(output(call.torch(), recipe, call.operand(0).dtype, &dx));
-  if (!tensor || !run(*recipe.plan, Conv2dArgs{dx, call.operand(1).data, nullptr, nullptr, call.operand(0).data})) return false;
+  if (!tensor || !run(recipe, Conv2dArgs{dx, call.operand(1).data, nullptr, nullptr, call.operand(0).data})) return false;
   *out = tensor.release();
   return true;
 }
@@ -114,7 +114,7 @@ bool weight_gradient(Call& call, const Recorded& recorded, bool with_bias, PyObj
   PyObject *shape, *strides;
   if (!dw_tensor || !PyArg_ParseTuple(recipe.info, "OO", &shape, &strides)) return false;
   Held db_tensor(with_bias ? allocate(call.torch(), shape, strides, call.torch().dtype(dtype), &db) : none());
-  if (!db_tensor || !run(*recipe.plan, Conv2dArgs{call.operand(1).data, dw, db, nullptr, call.operand(0).data})) return false;
+  if (!db_tensor || !run(recipe, Conv2dArgs{call.operand(1).data, dw, db, nullptr, call.operand(0).data})) return false;
   *dw_out = dw_tensor.release();
   *db_out = db_tensor.release();
   return true;
@@ -169,7 +169,7 @@ PyObject* backward_pool(Op op, bool indices, PyObject* const* args, Py_ssize_t c
   const auto& recipe = *reinterpret_cast<Recipe*>(found.get());
   void* dx;
   const Held out(output(call.torch(), recipe, call.operand(0).dtype, &dx));
-  if (!out || !run(*recipe.plan, Pool2dArgs{dx, call.operand(0).data, positions})) return nullptr;
+  if (!out || !run(recipe, Pool2dArgs{dx, call.operand(0).data, positions})) return nullptr;
   return PyTuple_Pack(2, out.get(), Py_None);
 }
 
@@ -201,7 +201,7 @@ PyObject* record_product(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!remember(args[0], saved, args[4])) return nullptr;
   void* address;
   Held y(output(torch, *recipe, x.dtype, &address));
-  if (!y || !run(*recipe->plan, Conv2dArgs{x.data, w.data, bias.data, nullptr, address})) return nullptr;
+  if (!y || !run(*recipe, Conv2dArgs{x.data, w.data, bias.data, nullptr, address})) return nullptr;
   return y.release();
 }
 
@@ -214,7 +214,7 @@ PyObject* record_max(PyObject*, PyObject* const* args, Py_ssize_t count) {
   void *address, *positions;
   Held y(output(torch, *recipe, x.dtype, &address));
   const Held indices(allocate(torch, recipe->shape, recipe->strides, torch.int64(), &positions));
-  if (!y || !indices || !run(*recipe->plan, Pool2dArgs{x.data, address, static_cast<int64_t*>(positions)})) return nullptr;
+  if (!y || !indices || !run(*recipe, Pool2dArgs{x.data, address, static_cast<int64_t*>(positions)})) return nullptr;
   return remember(args[0], PyTuple_Pack(1, indices.get()), args[2]) ? y.release() : nullptr;
 }
 
@@ -227,7 +227,7 @@ PyObject* record_avg(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (PyObject_SetAttr(args[0], materialize_name, Py_False) || PyObject_SetAttr(args[0], recipe_name, args[2])) return nullptr;
   void* address;
   Held y(output(torch, *recipe, x.dtype, &address));
-  if (!y || !run(*recipe->plan, Pool2dArgs{x.data, address, nullptr})) return nullptr;
+  if (!y || !run(*recipe, Pool2dArgs{x.data, address, nullptr})) return nullptr;
   return y.release();
 }
 

@@ -16,6 +16,7 @@ struct Recipe {
   AnyPlan* plan;
   PyObject *shape, *strides;  // of the output, as tuples
   PyObject* info;             // what Python's half of the op wants to know in a backward pass
+  bool brief;                 // whether the kernel is done before anybody could miss the GIL
   int64_t serial;             // no other recipe's: it names the forward call in the keys of its gradients
 };
 

@@ -70,12 +70,23 @@ def plain(t: Tensor) -> bool:
         return False
 
 
+def _functionalizing() -> bool:
+    """Whether functorch's transforms are functionalize, and vmap at most.
+
+    torch has no rule for an autograd.Function under functionalize; the registered op needs none. Together with grad or jvp torch
+    raises, as for every Function: those levels do not look into an op, whose tangent would silently be zero.
+    """
+    kinds = torch._C._functorch.TransformType
+    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return kinds.Functionalize in levels and all(level in (kinds.Functionalize, kinds.Vmap) for level in levels)
+
+
 def way(*tensors: Tensor | None) -> Way:
     """How to call an op on these tensors. Dynamo folds the first test to a constant and sees nothing of the rest."""
     if torch.compiler.is_compiling():
         return OP
     if _functorch_active():
-        return TRANSFORM
+        return OP if _functionalizing() else TRANSFORM
     if _modes_active() or _tracing():
         return OP
     grad = _grad_enabled()

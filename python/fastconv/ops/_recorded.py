@@ -141,9 +141,12 @@ def _pool_answer(recipe: pool2d.Recipe) -> Answer | None:
     return None if made is None else (made.native, shape, strides, None)
 
 
-def apply(function: type[Function]) -> Callable[..., Any]:
+def apply(function: Any) -> Callable[..., Any]:
     """The C function below Function.apply, see ops/conv2d.py."""
-    return super(Function, function).apply  # type: ignore[misc,no-any-return]
+    # A slot for what the forward pass leaves, or each call would make a dict for it.
+    name = function._backward_cls.__name__
+    function._backward_cls = type(name, (function._backward_cls,), {"__slots__": ("recipe",)})
+    return super(Function, function).apply  # type: ignore[no-any-return]
 
 
 RECORDERS = {
