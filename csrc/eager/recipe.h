@@ -44,7 +44,7 @@ class Key {
   size_t hash() const;
 
  private:
-  // An 8-dimensional input of linear with its weight and bias takes 29, a convolution 30.
+  // A convolution takes 29, linear with an 8-dimensional input 26.
   std::array<int64_t, 32> words_;
   int count_ = 0;
 };

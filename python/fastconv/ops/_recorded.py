@@ -143,9 +143,10 @@ def _pool_answer(recipe: pool2d.Recipe) -> Answer | None:
 
 def apply(function: Any) -> Callable[..., Any]:
     """The C function below Function.apply, see ops/conv2d.py."""
-    # A slot for what the forward pass leaves, or each call would make a dict for it.
-    name = function._backward_cls.__name__
-    function._backward_cls = type(name, (function._backward_cls,), {"__slots__": ("recipe",)})
+    # The context's class, with a slot for what the forward pass leaves, or each call would make a dict for it; and with the
+    # backward pass in the place of the method that looks for it in every call.
+    base = function._backward_cls
+    function._backward_cls = type(base.__name__, (base,), {"__slots__": ("recipe",), "apply": function.backward})
     return super(Function, function).apply  # type: ignore[no-any-return]
 
 
