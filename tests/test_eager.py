@@ -146,14 +146,20 @@ def test_double_backward(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_expanded_and_missing_gradients(op: str) -> None:
+def test_expanded_gradients(op: str) -> None:
     tensors = [t.requires_grad_() for t in OPERANDS[op](torch.float32)]
     torch_op = getattr(torch.nn.functional, op)
     ours = torch.autograd.grad(public(op, tensors).sum(), tensors)
     theirs = torch.autograd.grad(torch_op(*tensors, *OPTIONS[op]).sum(), tensors)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b)
-    assert public(op, tensors).grad_fn.apply(None)[0] is None  # type: ignore[union-attr]
+
+
+@needs_eager
+@pytest.mark.parametrize("op", OPS)
+def test_missing_gradients(op: str) -> None:
+    y = public(op, [t.requires_grad_() for t in OPERANDS[op](torch.float32)])
+    assert y.grad_fn.apply(None)[0] is None  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("wanted", [0, 1])
@@ -290,6 +296,13 @@ def test_odd_operands_are_left_alone(op: str, odd: str) -> None:
 def test_odd_options_are_left_alone(op: str, options: tuple[Any, ...]) -> None:
     for _ in range(2):
         assert quick(op, OPERANDS[op](torch.float32), *options) is None
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_a_bool_is_no_one(at: int) -> None:
+    x, w = rand(2, 4, 7, 6), rand(6, 4, 3, 3)
+    assert F.conv2d(x, w, None, 1, 1, 1, 1).shape == (2, 6, 7, 6)  # known from now on
+    assert quick("conv2d", [x, w, None], *(True if i == at else 1 for i in range(4))) is None
 
 
 class Mode(torch.overrides.TorchFunctionMode):
