@@ -1,6 +1,6 @@
 """Connects the compiled module's calls to torch: `_C.eager_conv2d` and its like take torch's tensors and answer the usual call in
-one C function. They return None for everything else, and for every call where this torch has no DLPack exchange API (2.13 has
-it); the way through Python is then the only one.
+one C function. They return None for everything else, and for every call where this torch has no DLPack exchange API (2.11 has
+it, 2.9 does not); the way through Python is then the only one.
 """
 
 from __future__ import annotations
