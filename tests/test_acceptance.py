@@ -70,7 +70,7 @@ def test_plan_agrees_with_explain(op: str, dtype: str) -> None:
     native = harness.native()
     for case in samples(op):
         problem = harness.native_problem(case, dtype)
-        candidates = native.explain(op, problem, 1)
+        candidates = native.explain(op, problem)
         assert {name for name, _, _ in candidates} == {
             k.name for k in native.kernels() if k.op == op and k.dtype == dtype
         }
@@ -93,7 +93,7 @@ def test_force_by_algorithm_and_by_target(op: str) -> None:
     native = harness.native()
     for case in samples(op)[::3]:
         problem = harness.native_problem(case, "f32")
-        for name in (n for n, verdict, _ in native.explain(op, problem, 1) if not verdict):
+        for name in (n for n, verdict, _ in native.explain(op, problem) if not verdict):
             _, algorithm, _, target = name.split(".")
             assert native.plan(op, problem, 1, algorithm).kernel.split(".")[1] == algorithm
             assert native.plan(op, problem, 1, target).kernel.split(".")[3] == target

@@ -57,7 +57,7 @@ def fwd_recipe(
 
 
 @plan.cached
-def _bwd_recipe(
+def bwd_recipe(
     y: plan.Shape,
     y_strides: plan.Shape,
     dtype: torch.dtype,
@@ -88,7 +88,7 @@ def adaptive_recipe(
 
 
 @plan.cached
-def _adaptive_bwd_recipe(
+def adaptive_bwd_recipe(
     y: plan.Shape, y_strides: plan.Shape, dtype: torch.dtype, x: plan.Shape, channels_last: bool, chosen: Chosen
 ) -> Recipe:
     strides = plan.strides_of(x, channels_last)
@@ -141,7 +141,7 @@ def _bwd(
 ) -> Tensor:
     windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.pair(padding)
     options = tuple(x_size), channels_last, *windows, count_include_pad, divisor_override
-    return _run_bwd(grad, _bwd_recipe(grad.shape, grad.stride(), grad.dtype, *options, pool2d.chosen("avg_pool2d_bwd")))
+    return _run_bwd(grad, bwd_recipe(grad.shape, grad.stride(), grad.dtype, *options, pool2d.chosen("avg_pool2d_bwd")))
 
 
 def _adaptive_fwd(x: Tensor, output_size: Sequence[int]) -> Tensor:
@@ -152,7 +152,7 @@ def _adaptive_fwd(x: Tensor, output_size: Sequence[int]) -> Tensor:
 def _adaptive_bwd(grad: Tensor, x_size: Sequence[int], channels_last: bool) -> Tensor:
     chosen = pool2d.chosen("avg_pool2d_bwd")
     return _run_bwd(
-        grad, _adaptive_bwd_recipe(grad.shape, grad.stride(), grad.dtype, tuple(x_size), channels_last, chosen)
+        grad, adaptive_bwd_recipe(grad.shape, grad.stride(), grad.dtype, tuple(x_size), channels_last, chosen)
     )
 
 
@@ -206,7 +206,7 @@ class _AvgPool(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _backward(grad, *ctx.what, *ctx.options), *(None,) * len(ctx.options)
+        return backward(grad, *ctx.what, *ctx.options), *(None,) * len(ctx.options)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *_: Any) -> Any:
@@ -214,7 +214,7 @@ class _AvgPool(Function):
 
 
 class _AvgPoolBackward(Function):
-    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: _backward(*args), 1))
+    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: backward(*args), 1))
 
     @staticmethod
     def forward(grad: Tensor, *what: Any) -> Tensor:
@@ -230,7 +230,7 @@ class _AvgPoolBackward(Function):
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        return _backward(grad, *ctx.what)
+        return backward(grad, *ctx.what)
 
 
 class _AdaptiveAvgPool(Function):
@@ -247,7 +247,7 @@ class _AdaptiveAvgPool(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _adaptive_backward(grad, *ctx.what), None
+        return adaptive_backward(grad, *ctx.what), None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, _: Any) -> Any:
@@ -255,7 +255,7 @@ class _AdaptiveAvgPool(Function):
 
 
 class _AdaptiveAvgPoolBackward(Function):
-    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: _adaptive_backward(*args), 1))
+    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: adaptive_backward(*args), 1))
 
     @staticmethod
     def forward(grad: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -273,14 +273,16 @@ class _AdaptiveAvgPoolBackward(Function):
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        return _adaptive_backward(grad, *ctx.what)
+        return adaptive_backward(grad, *ctx.what)
 
 
-def _backward(grad: Tensor, *what: Any) -> Tensor:
+def backward(grad: Tensor, *what: Any) -> Tensor:
+    """The gradient for x from (x_size, channels_last, and the options of the pooling), differentiable to any order."""
     return call(_AvgPoolBackward, _bwd, _ops.avg_pool2d_bwd, (grad,), *what)  # type: ignore[no-any-return]
 
 
-def _adaptive_backward(grad: Tensor, *what: Any) -> Tensor:
+def adaptive_backward(grad: Tensor, *what: Any) -> Tensor:
+    """The same for the adaptive pooling, from (x_size, channels_last)."""
     return call(_AdaptiveAvgPoolBackward, _adaptive_bwd, _ops.adaptive_avg_pool2d_bwd, (grad,), *what)  # type: ignore[no-any-return]
 
 

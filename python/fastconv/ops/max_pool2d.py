@@ -63,7 +63,7 @@ def adaptive_recipe(
 
 
 @plan.cached
-def _bwd_recipe(
+def bwd_recipe(
     y: plan.Shape, y_strides: plan.Shape, dtype: torch.dtype, x: plan.Shape, channels_last: bool, chosen: Chosen
 ) -> Recipe:
     strides = plan.strides_of(x, channels_last)
@@ -115,7 +115,7 @@ def _bwd(grad: Tensor, indices: Tensor, x_size: Sequence[int], channels_last: bo
         grad = torch.empty_like(indices, dtype=grad.dtype).copy_(grad)
         indices = torch.empty_like(indices).copy_(indices)
     chosen = pool2d.chosen("max_pool2d_bwd")
-    shape, strides, made = _bwd_recipe(grad.shape, grad.stride(), grad.dtype, tuple(x_size), channels_last, chosen)
+    shape, strides, made = bwd_recipe(grad.shape, grad.stride(), grad.dtype, tuple(x_size), channels_last, chosen)
     x = empty_strided(shape, strides, grad.dtype)
     if made is None:
         return x.zero_()
@@ -169,14 +169,15 @@ def _gather(x: Tensor, indices: Tensor) -> Tensor:
     return x.reshape(N, C, -1).gather(2, indices.reshape(N, C, P * Q)).reshape(N, C, P, Q)
 
 
-def _backward(grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
+def backward(grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
+    """The gradient for x, of size x_size, differentiable to any order in `grad`."""
     return call(_MaxPoolBackward, _bwd, _ops.max_pool2d_bwd, (grad, indices), x_size, channels_last)  # type: ignore[no-any-return]
 
 
 class _MaxPoolBackward(Function):
     """Scatters the gradient to the chosen positions: linear in it, and the gather's transpose."""
 
-    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: _backward(*args), 2))
+    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: backward(*args), 2))
 
     @staticmethod
     def forward(grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -196,7 +197,7 @@ class _MaxPoolBackward(Function):
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        return _backward(grad, indices, ctx.x_size, ctx.channels_last)
+        return backward(grad, indices, ctx.x_size, ctx.channels_last)
 
 
 def _save(ctx: Any, x: Tensor, indices: Tensor) -> None:
@@ -222,7 +223,7 @@ class _MaxPool(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        dx = None if grad is None else _backward(grad, indices, ctx.x_size, ctx.channels_last)
+        dx = None if grad is None else backward(grad, indices, ctx.x_size, ctx.channels_last)
         return dx, None, None, None, None, None
 
     @staticmethod
@@ -266,7 +267,7 @@ class _AdaptiveMaxPool(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        return None if grad is None else _backward(grad, indices, ctx.x_size, ctx.channels_last), None
+        return None if grad is None else backward(grad, indices, ctx.x_size, ctx.channels_last), None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, _: Any) -> Any:

@@ -76,9 +76,9 @@ def _strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     return strides_of(shape, layout)[0]
 
 
-def verdicts(op: str, case: Case, dtype: str, threads: int = 1) -> dict[str, str]:
+def verdicts(op: str, case: Case, dtype: str) -> dict[str, str]:
     """Each kernel of the op by name: '' if it accepts the case, otherwise why not."""
-    return {name: verdict for name, verdict, _ in native().explain(op, native_problem(case, dtype), threads)}
+    return {name: verdict for name, verdict, _ in native().explain(op, native_problem(case, dtype))}
 
 
 def make_inputs(op: str, case: Case, values: fill.Fill = fill.normal) -> Arrays:
