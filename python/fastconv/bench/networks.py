@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastconv
@@ -171,7 +170,7 @@ class Network(Case):
         calibrate_batch_norm(network, x)
         network.eval()
         with torch.no_grad():
-            classes = network(x[:1]).shape[1]
+            classes = models.main_output(network(x[:1])).shape[1]
         return network, x, torch.arange(self.batch) * 7919 % classes
 
     def _contestant(
@@ -220,13 +219,12 @@ class Inference:
         self.network.eval()
 
     def __call__(self) -> Tensor:
-        logits: Tensor = self.network(self.x)
-        return logits
+        return models.main_output(self.network(self.x))
 
 
 @dataclass
 class TrainingStep:
-    """Forward, cross entropy, backward and an SGD step with momentum, on the same batch each time."""
+    """Forward, cross entropy of every head, backward and an SGD step with momentum, on the same batch each time."""
 
     network: nn.Module
     x: Tensor
@@ -240,7 +238,7 @@ class TrainingStep:
 
     def __call__(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.network(self.x), self.target)
+        loss = models.classification_loss(self.network(self.x), self.target)
         torch.autograd.backward(loss)
         self.optimizer.step()
         return loss
