@@ -69,7 +69,10 @@ def __getattr__(name: str) -> Any:
 
         value = load()
     elif name in _HOMES:
-        value = getattr(importlib.import_module(f"fastconv.{_HOMES[name]}"), name)
+        home = importlib.import_module(f"fastconv.{_HOMES[name]}")
+        # All its names at once: importing a submodule called convert has just put that in the function's place.
+        globals().update({other: getattr(home, other) for other in _HOMES if _HOMES[other] == _HOMES[name]})
+        value = getattr(home, name)
     elif name in _SUBMODULES:
         value = importlib.import_module(f"fastconv.{name}")
     else:

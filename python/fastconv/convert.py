@@ -17,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import nn
+from ._padding import SAME
 
 # Swapping Conv3d would change nothing: torch computes it either way.
 _OURS: Mapping[type[Module], type[Module]] = {
@@ -115,7 +116,9 @@ def revert(model: Module) -> Report:
     report = Report("reverted")
     for name, module in _named_modules("revert", model):
         kind = type(module)
-        if kind in _THEIRS:
+        if kind in _THEIRS and getattr(module, "padding", 0) == SAME:
+            report.kept.append(Kept(name, kind.__name__, "torch has no padding='SAME' that follows the input's size"))
+        elif kind in _THEIRS:
             module.__class__ = _THEIRS[kind]
             report.swapped[kind.__name__] += 1
         elif kind in _OURS:

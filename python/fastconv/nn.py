@@ -2,6 +2,8 @@
 
 Each class subclasses the one it is named after: constructor, initialisation, parameters, repr, state_dict and pickle are torch's,
 and so is every error of the constructor. Only the forward pass differs, and it calls `fastconv.functional`.
+
+One option is added: padding="SAME" of Conv2d, MaxPool2d and AvgPool2d is TensorFlow's, for any stride (see `fastconv._padding`).
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 
+from . import _fused, _same_pooling
 from . import functional as F
+from ._padding import SAME, same
 
 __all__ = [
     "AdaptiveAvgPool1d",
@@ -31,6 +36,10 @@ __all__ = [
 ]
 
 
+def _is_same(module: Any) -> bool:
+    return module.padding == SAME  # type: ignore[no-any-return]
+
+
 def _convolve(module: Any, function: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     padding = module.padding
     if module.padding_mode != "zeros":
@@ -47,9 +56,39 @@ class Conv1d(torch.nn.Conv1d):
 
 
 class Conv2d(torch.nn.Conv2d):
-    """`torch.nn.Conv2d` on fastconv's kernels: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q)."""
+    """`torch.nn.Conv2d` on fastconv's kernels: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q).
+
+    padding="SAME" is TensorFlow's: P = ceil(H/stride), the padding what that takes, its odd pixel at the bottom and right. The
+    kernels read four different sides in place, so it costs no copy.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        is_same = isinstance(padding, str) and padding == SAME
+        if is_same and padding_mode != "zeros":
+            raise ValueError(f"padding='SAME' pads with zeros, got padding_mode='{padding_mode}'")
+        options = stride, 0 if is_same else padding, dilation, groups, bias, padding_mode, device, dtype
+        super().__init__(in_channels, out_channels, kernel_size, *options)
+        if is_same:
+            self.padding = SAME
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if _is_same(self):
+            pads = same(input.shape[-2:], weight.shape[-2:], self.stride, self.dilation)
+            stride, dilation = _pair(self.stride), _pair(self.dilation)
+            return _fused.conv2d(input, weight, bias, stride, pads, dilation, self.groups)
         return _convolve(self, F.conv2d, input, weight, bias)
 
 
@@ -89,6 +128,11 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         return _convolve_transposed(self, 2, F.conv_transpose2d, input, output_size)
 
 
+def _windows(module: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Kernel and stride of a 2-D pool, each as (height, width)."""
+    return _pair(module.kernel_size), _pair(module.stride)
+
+
 class MaxPool1d(torch.nn.MaxPool1d):
     """`torch.nn.MaxPool1d` on fastconv's kernels."""
 
@@ -98,9 +142,13 @@ class MaxPool1d(torch.nn.MaxPool1d):
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
-    """`torch.nn.MaxPool2d` on fastconv's kernels."""
+    """`torch.nn.MaxPool2d` on fastconv's kernels. padding="SAME" is TensorFlow's: no dilation, and ceil_mode changes nothing."""
 
     def forward(self, input: Tensor) -> Any:
+        if _is_same(self):
+            if _pair(self.dilation) != (1, 1):
+                raise ValueError(f"padding='SAME' of a pool takes no dilation, got dilation={self.dilation}")
+            return _same_pooling.max_pool2d(input, *_windows(self), self.return_indices)
         windows = self.kernel_size, self.stride, self.padding, self.dilation
         return F.max_pool2d(input, *windows, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
 
@@ -113,9 +161,14 @@ class AvgPool1d(torch.nn.AvgPool1d):
 
 
 class AvgPool2d(torch.nn.AvgPool2d):
-    """`torch.nn.AvgPool2d` on fastconv's kernels."""
+    """`torch.nn.AvgPool2d` on fastconv's kernels.
+
+    padding="SAME" is TensorFlow's: the padding never counts, whatever count_include_pad says, and ceil_mode changes nothing.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if _is_same(self):
+            return _same_pooling.avg_pool2d(input, *_windows(self), self.divisor_override)
         windows = self.kernel_size, self.stride, self.padding
         return F.avg_pool2d(input, *windows, self.ceil_mode, self.count_include_pad, self.divisor_override)
 
