@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 from . import nn
 from ._padding import SAME
 
-# Swapping Conv3d would change nothing: torch computes it either way.
+# Swapping Conv3d would change nothing: torch computes it either way. ConvBnAct is ours alone.
 _OURS: Mapping[type[Module], type[Module]] = {
-    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if name != "Conv3d"
+    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if name not in ("Conv3d", "ConvBnAct")
 }
 _THEIRS: Mapping[type[Module], type[Module]] = {
     **{ours: theirs for theirs, ours in _OURS.items()},
