@@ -116,12 +116,13 @@ def _pair(value: Any) -> tuple[int, int]:
 class Network(Case):
     """A whole model. ``direction`` is ``infer`` (eval mode, no gradients) or ``train`` (forward, backward, SGD step).
 
-    fastconv's contestant is ``fastconv.convert`` of a copy, and torch's are copies in each layout, all with the same
-    weights.
+    fastconv's contestant is ``fastconv.convert`` of a copy, or ``fastconv.fuse`` where ``fused``, and torch's are copies
+    in each layout, all with the same weights.
     """
 
     model: str = field(kw_only=True)
     batch: int = field(kw_only=True)
+    fused: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         self.records_gradient = self.direction == "train"
@@ -133,7 +134,9 @@ class Network(Case):
 
     @property
     def family(self) -> str:
-        return "inference" if self.direction == "infer" else "training step"
+        if self.direction == "train":
+            return "training step"
+        return "inference, fused" if self.fused else "inference"
 
     @property
     def kernel_ops(self) -> tuple[str, ...]:
@@ -186,6 +189,8 @@ class Network(Case):
 
     def fastconv_call(self, layout: str) -> Call:
         def converted(twin: nn.Module) -> nn.Module:
+            if self.fused:
+                return fastconv.fuse(twin)
             fastconv.convert(twin)
             return twin
 
