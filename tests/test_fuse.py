@@ -308,6 +308,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("case", LAYERS)
 def test_options_of_the_convolution(case: str) -> None:
     torch.manual_seed(0)
@@ -459,6 +460,12 @@ def test_unusual_tensors_take_the_steps_one_by_one() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert fused(x).dtype == torch.bfloat16
     assert sum(fastconv.fallback_counts().values()) == before + 2
+
+
+def test_compiles_without_a_graph_break() -> None:
+    fused = fastconv.fuse(nn.Sequential(*small(), conv(8)).eval())
+    with torch.no_grad():
+        assert torch.equal(torch.compile(fused, backend="aot_eager", fullgraph=True)(images()), fused(images()))
 
 
 def test_repr_is_the_summary() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def test_loads_files_older_than_num_batches_tracked(tmp_path: Path) -> None:
     state = {key: tensor for key, tensor in source.state_dict().items() if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "old.pth")
     assert_loads(tmp_path / "old.pth", source)
+
+
+def test_loads_torchvisions_densenet_files(tmp_path: Path) -> None:
+    source = models.create("densenet121", layers=nn, num_classes=2)
+    old = {re.sub(r"(denselayer\d+\.(norm|conv))(\d)", r"\1.\3", key): t for key, t in source.state_dict().items()}
+    assert "features.denseblock4.denselayer16.norm.2.running_var" in old
+    torch.save(old, tmp_path / "densenet121.pth")
+    assert_loads(tmp_path / "densenet121.pth", source)
 
 
 def test_converts_to_the_models_dtype(lenet: nn.Module, tmp_path: Path) -> None:
