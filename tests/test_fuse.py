@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 import fastconv
@@ -441,6 +442,32 @@ def test_a_forward_set_on_the_object_is_called() -> None:
     assert torch.equal(fused(images()), images() + 1)
     assert fused.report.frozen == []
     assert "set on the object" in str(fused.report)
+
+
+@torch.fx.wrap
+def stochastic_depth(input: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
+    """torchvision's, in name and arguments."""
+    return input * 0 if training else input
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functions_that_do_nothing_in_eval(training: bool) -> None:
+    def forward(m: Forward, x: Tensor) -> Tensor:
+        y = nn.functional.dropout(m.a(x), 0.0, training)
+        return stochastic_depth(y, 0.2, "row", training) + x
+
+    model = Forward(forward, a=conv()).eval()
+    fused = fastconv.fuse(model)
+    assert_same(model, fused, images(2, 4, 6, 5))
+    assert len(fused.report.residuals) == (not training)
+
+
+def test_fusing_in_inference_mode() -> None:
+    with torch.inference_mode():
+        fused = fastconv.fuse(small())
+    x = images().requires_grad_()
+    fused(x).sum().backward()
+    assert x.grad is not None
 
 
 def test_a_layer_by_itself() -> None:

@@ -38,7 +38,8 @@ class FrozenConv2d(torch.nn.Module):
         # As F.pad has them, last dimension first; for padding="same" they may differ.
         left, right, top, bottom = conv._reversed_padding_repeated_twice
         self.sides: Quad | None = None if cast(object, conv.padding) == SAME else (top, bottom, left, right)
-        with torch.no_grad():
+        # A tensor made in inference mode could not be used where gradients are recorded later.
+        with torch.inference_mode(False), torch.no_grad():
             weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
             if norm is not None:
                 weight, bias = fold(weight, bias, norm)

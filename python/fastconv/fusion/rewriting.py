@@ -37,6 +37,7 @@ _ACTIVATION_CALLS: dict[Any, str] = {
     "sigmoid": "sigmoid",
     "sigmoid_": "sigmoid",
 }
+_DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ADDITIONS_IN_PLACE = (operator.iadd, "add_")
 
@@ -113,7 +114,14 @@ class _Rewriting:
     def _drop(self, node: Node) -> None:
         """Takes out what does nothing in eval mode."""
         module = self._module(node)
-        if isinstance(module, (dropout._DropoutNd, torch.nn.Identity)) and not module.training and not _special(module):
+        if isinstance(module, (dropout._DropoutNd, torch.nn.Identity)):
+            nothing = not module.training and not _special(module)
+        else:
+            # torchvision's stochastic depth is a function that torch.fx does not look into; torchvision need not be there.
+            name = getattr(node.target, "__name__", "")
+            training = node.args[3] if len(node.args) > 3 else node.kwargs.get("training")
+            nothing = training is False and (node.target in _DROPOUT_CALLS or name == "stochastic_depth")
+        if nothing:
             node.replace_all_uses_with(node.all_input_nodes[0])
             self.graph.erase_node(node)
 
