@@ -12,6 +12,7 @@ from torch import nn
 
 import fastconv
 from fastconv import models
+from fastconv.models import blocks
 
 # Parameters and state_dict entries of torchvision's models of the same name, auxiliary heads included; LeNet-5's from the paper's
 # table of layers (156 + 2416 + 48120 + 10164 + 850), with every map of the second convolution connected to all six of the first;
@@ -236,6 +237,67 @@ def test_vgg_starts_like_torchvisions() -> None:
     assert float(model.features[28].weight.detach().std()) == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
     assert float(model.classifier[0].weight.detach().std()) == pytest.approx(0.01, rel=0.01)
     assert not any(bool(p.any()) for key, p in model.named_parameters() if key.endswith("bias"))
+
+
+# BatchNorm's epsilon and momentum, and the probabilities of dropout, as torchvision has them.
+HYPER_PARAMETERS = [
+    ("resnext50_32x4d", 1e-5, 0.1, []),
+    ("alexnet", None, None, [0.5, 0.5]),
+    ("squeezenet1_0", None, None, [0.5]),
+    ("densenet121", 1e-5, 0.1, []),
+    ("googlenet", 1e-3, 0.1, [0.7, 0.7, 0.2]),
+    ("mobilenet_v2", 1e-5, 0.1, [0.2]),
+    ("mobilenet_v3_small", 1e-3, 0.01, [0.2]),
+    ("mobilenet_v3_large", 1e-3, 0.01, [0.2]),
+    ("inception_v3", 1e-3, 0.1, [0.5]),
+    ("efficientnet_b0", 1e-5, 0.1, [0.2]),
+    ("efficientnet_b4", 1e-5, 0.1, [0.4]),
+    ("efficientnet_b5", 1e-3, 0.01, [0.4]),
+    ("efficientnet_b7", 1e-3, 0.01, [0.5]),
+    ("fcn_resnet50", 1e-5, 0.1, [0.1, 0.1]),
+]
+
+
+@pytest.mark.parametrize(("name", "eps", "momentum", "dropout"), HYPER_PARAMETERS)
+def test_hyper_parameters(name: str, eps: float | None, momentum: float | None, dropout: list[float]) -> None:
+    modules = list(on_meta(name).modules())
+    norms = {(module.eps, module.momentum) for module in modules if isinstance(module, nn.BatchNorm2d)}
+    assert norms == ({(eps, momentum)} if eps else set())
+    assert [module.p for module in modules if isinstance(module, nn.Dropout)] == dropout
+
+
+def test_stochastic_depth_grows_with_the_block() -> None:
+    found = [module.p for module in on_meta("efficientnet_b0").modules() if isinstance(module, blocks.StochasticDepth)]
+    assert found == pytest.approx([0.2 * block / 16 for block in range(16)])
+
+
+# Standard deviations of weights at the start, by torchvision's rules for each layer; a uniform one has its bound by √3.
+STARTS = [
+    ("resnext50_32x4d", "layer1.0.conv2.weight", (2 / (128 * 9)) ** 0.5),
+    ("alexnet", "features.3.weight", (3 * 64 * 25) ** -0.5),
+    ("squeezenet1_1", "features.3.expand3x3.weight", (2 / (16 * 9)) ** 0.5),
+    ("squeezenet1_1", "classifier.1.weight", 0.01),
+    ("densenet121", "features.denseblock1.denselayer1.conv2.weight", (2 / (128 * 9)) ** 0.5),
+    ("googlenet", "inception3a.branch2.1.conv.weight", 0.01),
+    ("googlenet", "fc.weight", 0.01),
+    ("mobilenet_v2", "features.18.0.weight", (2 / 1280) ** 0.5),
+    ("mobilenet_v2", "classifier.1.weight", 0.01),
+    ("mobilenet_v3_small", "features.9.block.1.0.weight", (2 / (288 * 25)) ** 0.5),
+    ("inception_v3", "Mixed_7c.branch3x3_1.conv.weight", 0.1),
+    ("inception_v3", "AuxLogits.fc.weight", 0.001),
+    ("efficientnet_b0", "features.8.0.weight", (2 / 1280) ** 0.5),
+    ("efficientnet_b0", "classifier.1.weight", (3 * 1000) ** -0.5),
+    ("fcn_resnet50", "backbone.layer4.2.conv2.weight", (2 / (512 * 9)) ** 0.5),
+    ("fcn_resnet50", "classifier.0.weight", (3 * 2048 * 9) ** -0.5),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "std"), STARTS)
+def test_weights_start_like_torchvisions(name: str, key: str, std: float) -> None:
+    torch.manual_seed(0)
+    weight = models.create(name, layers=nn).get_parameter(key).detach()
+    # Four standard deviations of the estimate from so many numbers.
+    assert float(weight.std()) == pytest.approx(std, rel=4 * (2 * weight.numel()) ** -0.5)
 
 
 @pytest.mark.parametrize("name", RUN)
