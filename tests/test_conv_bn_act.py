@@ -65,3 +65,18 @@ def test_conv_bn_act_in_a_fused_model() -> None:
 def test_conv_bn_act_refuses_other_activations() -> None:
     with pytest.raises(ValueError, match="activation: got 'tanh', expected none, relu"):
         fastconv.nn.ConvBnAct(4, 4, activation="tanh")
+
+
+def test_conv_bn_act_with_tensorflows_padding() -> None:
+    torch.manual_seed(0)
+    block = fastconv.nn.ConvBnAct(4, 6, 3, stride=2, padding="SAME", activation="silu")
+    calibrate_batch_norm(block, images(2, 4, 8, 7))
+    x = images(2, 4, 8, 7)
+    y = block.eval()(x)
+    assert y.shape == (2, 6, 4, 4)
+    torch.testing.assert_close(y, block[2](block[1](block[0](x))))
+
+
+def test_revert_says_that_the_block_stays() -> None:
+    report = fastconv.revert(nn.Sequential(fastconv.nn.ConvBnAct(4, 4)))
+    assert "left ConvBnAct (0): torch has no such layer" in str(report)

@@ -272,32 +272,33 @@ def test_stochastic_depth_grows_with_the_block() -> None:
 
 
 # Standard deviations of weights at the start, by torchvision's rules for each layer; a uniform one has its bound by √3.
-STARTS = [
-    ("resnext50_32x4d", "layer1.0.conv2.weight", (2 / (128 * 9)) ** 0.5),
-    ("alexnet", "features.3.weight", (3 * 64 * 25) ** -0.5),
-    ("squeezenet1_1", "features.3.expand3x3.weight", (2 / (16 * 9)) ** 0.5),
-    ("squeezenet1_1", "classifier.1.weight", 0.01),
-    ("densenet121", "features.denseblock1.denselayer1.conv2.weight", (2 / (128 * 9)) ** 0.5),
-    ("googlenet", "inception3a.branch2.1.conv.weight", 0.01),
-    ("googlenet", "fc.weight", 0.01),
-    ("mobilenet_v2", "features.18.0.weight", (2 / 1280) ** 0.5),
-    ("mobilenet_v2", "classifier.1.weight", 0.01),
-    ("mobilenet_v3_small", "features.9.block.1.0.weight", (2 / (288 * 25)) ** 0.5),
-    ("inception_v3", "Mixed_7c.branch3x3_1.conv.weight", 0.1),
-    ("inception_v3", "AuxLogits.fc.weight", 0.001),
-    ("efficientnet_b0", "features.8.0.weight", (2 / 1280) ** 0.5),
-    ("efficientnet_b0", "classifier.1.weight", (3 * 1000) ** -0.5),
-    ("fcn_resnet50", "backbone.layer4.2.conv2.weight", (2 / (512 * 9)) ** 0.5),
-    ("fcn_resnet50", "classifier.0.weight", (3 * 2048 * 9) ** -0.5),
-]
+STARTS = {
+    "resnext50_32x4d": {"layer1.0.conv2.weight": (2 / (128 * 9)) ** 0.5},
+    "alexnet": {"features.3.weight": (3 * 64 * 25) ** -0.5},
+    "squeezenet1_1": {"features.3.expand3x3.weight": (2 / (16 * 9)) ** 0.5, "classifier.1.weight": 0.01},
+    "densenet121": {"features.denseblock1.denselayer1.conv2.weight": (2 / (128 * 9)) ** 0.5},
+    "googlenet": {"inception3a.branch2.1.conv.weight": 0.01, "fc.weight": 0.01},
+    "mobilenet_v2": {"features.18.0.weight": (2 / 1280) ** 0.5, "classifier.1.weight": 0.01},
+    "mobilenet_v3_small": {"features.9.block.1.0.weight": (2 / (288 * 25)) ** 0.5},
+    "inception_v3": {"Mixed_7c.branch3x3_1.conv.weight": 0.1, "AuxLogits.fc.weight": 0.001},
+    "efficientnet_b0": {"features.8.0.weight": (2 / 1280) ** 0.5, "classifier.1.weight": (3 * 1000) ** -0.5},
+    "fcn_resnet50": {
+        "backbone.layer4.2.conv2.weight": (2 / (512 * 9)) ** 0.5,
+        "classifier.0.weight": (3 * 2048 * 9) ** -0.5,
+    },
+}
 
 
-@pytest.mark.parametrize(("name", "key", "std"), STARTS)
-def test_weights_start_like_torchvisions(name: str, key: str, std: float) -> None:
+@pytest.mark.parametrize("name", STARTS)
+def test_weights_start_like_torchvisions(name: str) -> None:
     torch.manual_seed(0)
-    weight = models.create(name, layers=nn).get_parameter(key).detach()
-    # Four standard deviations of the estimate from so many numbers.
-    assert float(weight.std()) == pytest.approx(std, rel=4 * (2 * weight.numel()) ** -0.5)
+    parameters = dict(
+        models.create(name, layers=nn, **({"hidden": 64} if name == "alexnet" else {})).named_parameters()
+    )
+    for key, std in STARTS[name].items():
+        weight = parameters[key].detach()
+        # Four standard deviations of the estimate from so many numbers.
+        assert float(weight.std()) == pytest.approx(std, rel=4 * (2 * weight.numel()) ** -0.5), key
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -123,6 +123,8 @@ def revert(model: Module) -> Report:
             report.swapped[kind.__name__] += 1
         elif kind in _OURS:
             report.already[kind.__name__] += 1
+        elif isinstance(module, nn.ConvBnAct):
+            report.kept.append(Kept(name, kind.__name__, "torch has no such layer, and in eval mode it runs as before"))
         elif isinstance(module, tuple(_THEIRS)):
             report.kept.append(Kept(name, kind.__name__, _subclass_reason(module)))
     return report
