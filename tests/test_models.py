@@ -12,6 +12,7 @@ from torch import nn
 
 import fastconv
 from fastconv import models
+from fastconv.bench.networks import layer_cases
 from fastconv.models import blocks
 
 # Parameters and state_dict entries of torchvision's models of the same name, auxiliary heads included; LeNet-5's from the paper's
@@ -269,6 +270,33 @@ def test_hyper_parameters(name: str, eps: float | None, momentum: float | None, 
 def test_stochastic_depth_grows_with_the_block() -> None:
     found = [module.p for module in on_meta("efficientnet_b0").modules() if isinstance(module, blocks.StochasticDepth)]
     assert found == pytest.approx([0.2 * block / 16 for block in range(16)])
+
+
+# Billions of multiply-adds of convolutions and dense layers at the model's own size, as torchvision publishes them, which a wrong
+# stride, padding or group would change. MobileNet's is the paper's; FCN's is 152.717 at 520×520.
+MULTIPLY_ADDS = {
+    "resnext50_32x4d": 4.230,
+    "alexnet": 0.714,
+    "squeezenet1_1": 0.349,
+    "squeezenet1_0": 0.819,
+    "densenet121": 2.834,
+    "googlenet": 1.498,
+    "mobilenet_v1": 0.569,
+    "mobilenet_v2": 0.301,
+    "mobilenet_v3_small": 0.057,
+    "mobilenet_v3_large": 0.217,
+    "inception_v3": 5.713,
+    "efficientnet_b0": 0.386,
+    "fcn_resnet50": 152.717 * (28 / 65) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLY_ADDS)
+def test_multiply_adds(name: str) -> None:
+    cases = layer_cases(name, [1], ["fwd"], "f32", seed=0)
+    found = sum(case.flops * case.count for case in cases if case.op in ("conv2d", "linear")) / 2e9
+    # Published with three decimals, and with pools and norms for some.
+    assert found == pytest.approx(MULTIPLY_ADDS[name], rel=5e-3, abs=1e-3)
 
 
 # Standard deviations of weights at the start, by torchvision's rules for each layer; a uniform one has its bound by √3.
