@@ -16,14 +16,14 @@ from .. import plan
 from . import pool2d
 from ._dispatch import empty_strided
 from .autograd import call, derive, run
-from .pool2d import LIBRARY, Chosen, Pair, Recipe
+from .pool2d import LIBRARY, Chosen, Pair, Quad, Recipe
 
 pool2d.define(
-    "avg_pool2d_fwd(Tensor x, SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding, bool ceil_mode, bool count_include_pad,"
+    "avg_pool2d_fwd(Tensor x, SymInt[2] kernel, SymInt[2] stride, SymInt[] padding, bool ceil_mode, bool count_include_pad,"
     " int? divisor_override) -> Tensor"
 )
 pool2d.define(
-    "avg_pool2d_bwd(Tensor grad, SymInt[] x_size, bool channels_last, SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding,"
+    "avg_pool2d_bwd(Tensor grad, SymInt[] x_size, bool channels_last, SymInt[2] kernel, SymInt[2] stride, SymInt[] padding,"
     " bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor"
 )
 pool2d.define("adaptive_avg_pool2d_fwd(Tensor x, SymInt[2] output_size) -> Tensor")
@@ -42,7 +42,7 @@ def fwd_recipe(
     dtype: torch.dtype,
     kernel: Pair,
     stride: Pair,
-    padding: Pair,
+    padding: Pair | Quad,
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,
@@ -50,9 +50,11 @@ def fwd_recipe(
 ) -> Recipe:
     y = pool2d.output_shape(x, kernel, stride, padding, (1, 1), ceil_mode)
     strides = plan.strides_of(y, plan.prefers_channels_last(x, x_strides))
-    operands, windows = ((x, x_strides), (y, strides)), (kernel, stride, padding, (1, 1))
     divisor = divisor_override or 0
-    made = pool2d.recipe("avg_pool2d_fwd", dtype, *operands, chosen, *windows, divisor, count_include_pad)
+    made = pool2d.recipe(
+        "avg_pool2d_fwd", dtype, (x, x_strides), (y, strides), chosen,
+        kernel, stride, padding, (1, 1), divisor, count_include_pad,
+    )  # fmt: skip
     return y, strides, made
 
 
@@ -65,15 +67,17 @@ def bwd_recipe(
     channels_last: bool,
     kernel: Pair,
     stride: Pair,
-    padding: Pair,
+    padding: Pair | Quad,
     count_include_pad: bool,
     divisor_override: int | None,
     chosen: Chosen,
 ) -> Recipe:
     strides = plan.strides_of(x, channels_last)
-    operands, windows = ((x, strides), (y, y_strides)), (kernel, stride, padding, (1, 1))
     divisor = divisor_override or 0
-    made = pool2d.recipe("avg_pool2d_bwd", dtype, *operands, chosen, *windows, divisor, count_include_pad)
+    made = pool2d.recipe(
+        "avg_pool2d_bwd", dtype, (x, strides), (y, y_strides), chosen,
+        kernel, stride, padding, (1, 1), divisor, count_include_pad,
+    )  # fmt: skip
     return x, strides, made
 
 
@@ -123,7 +127,7 @@ def _fwd(
     count_include_pad: bool,
     divisor_override: int | None,
 ) -> Tensor:
-    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.pair(padding)
+    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.sides(padding)
     divisor = ceil_mode, count_include_pad, divisor_override
     return follow(x, fwd_recipe(x.shape, x.stride(), x.dtype, *windows, *divisor, pool2d.chosen("avg_pool2d_fwd")))
 
@@ -139,7 +143,7 @@ def _bwd(
     count_include_pad: bool,
     divisor_override: int | None,
 ) -> Tensor:
-    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.pair(padding)
+    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.sides(padding)
     options = tuple(x_size), channels_last, *windows, count_include_pad, divisor_override
     return _run_bwd(grad, bwd_recipe(grad.shape, grad.stride(), grad.dtype, *options, pool2d.chosen("avg_pool2d_bwd")))
 
@@ -299,7 +303,7 @@ def avg_pool2d(
     x: Tensor,
     kernel: Pair,
     stride: Pair,
-    padding: Pair,
+    padding: Pair | Quad,
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,

@@ -17,10 +17,10 @@ from .. import plan
 from . import pool2d
 from ._dispatch import KERNEL, empty_strided, way
 from .autograd import call, derive, run
-from .pool2d import LIBRARY, Chosen, Pair, Recipe
+from .pool2d import LIBRARY, Chosen, Pair, Quad, Recipe
 
 pool2d.define(
-    "max_pool2d_fwd(Tensor x, SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool ceil_mode)"
+    "max_pool2d_fwd(Tensor x, SymInt[2] kernel, SymInt[2] stride, SymInt[] padding, SymInt[2] dilation, bool ceil_mode)"
     " -> (Tensor, Tensor)"
 )
 pool2d.define("max_pool2d_bwd(Tensor grad, Tensor indices, SymInt[] x_size, bool channels_last) -> Tensor")
@@ -39,7 +39,7 @@ def fwd_recipe(
     dtype: torch.dtype,
     kernel: Pair,
     stride: Pair,
-    padding: Pair,
+    padding: Pair | Quad,
     dilation: Pair,
     ceil_mode: bool,
     chosen: Chosen,
@@ -99,7 +99,7 @@ def _fwd(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
-    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.pair(padding), pool2d.pair(dilation)
+    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.sides(padding), pool2d.pair(dilation)
     chosen = pool2d.chosen("max_pool2d_fwd")
     return _run_fwd(x, fwd_recipe(x.shape, x.stride(), x.dtype, *windows, ceil_mode, chosen))
 
@@ -213,7 +213,7 @@ class _MaxPool(Function):
     vmap = staticmethod(pool2d.vmap_fwd(lambda *args: max_pool2d(*args)))
 
     @staticmethod
-    def forward(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Any:
+    def forward(x: Tensor, kernel: Pair, stride: Pair, padding: Pair | Quad, dilation: Pair, ceil_mode: bool) -> Any:
         return run(_fwd, _ops.max_pool2d_fwd, (x,), kernel, stride, padding, dilation, ceil_mode)
 
     @staticmethod
@@ -284,14 +284,16 @@ derive("max_pool2d_bwd", _MaxPoolBackward, pool2d.vmap_bwd(_ops.max_pool2d_bwd, 
 
 
 def max_pool2d(
-    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair | Quad, dilation: Pair, ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
     """x (N, C, H, W) → maxima (N, C, P, Q) and their indices, differentiable to any order in x."""
     options = kernel, stride, padding, dilation, ceil_mode
     return call(_MaxPool, _fwd, _ops.max_pool2d_fwd, (x,), *options)  # type: ignore[no-any-return]
 
 
-def max_values2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
+def max_values2d(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair | Quad, dilation: Pair, ceil_mode: bool
+) -> Tensor:
     """The maxima alone."""
     if way(x) is not KERNEL:
         return max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)[0]
