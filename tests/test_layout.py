@@ -31,16 +31,17 @@ ISA_HEADERS = {"cstddef", "cstdint", "immintrin.h"}
 
 # What a module of the package may import: the modules of the lines above its own, and the package's own parts.
 LEVELS = [
-    {"_C", "_arguments", "fallback"},
+    {"_C", "_arguments", "_folding", "_padding", "fallback"},
     {"_native", "reference", "_routes"},
     {"testing", "plan"},
     {"ops", "numpy"},
     {"_conv_checks", "_pool_checks"},
     {"_convolution", "_pooling"},
-    {"_resolvers"},
+    {"_fused", "_resolvers", "_same_pooling"},
     {"functional"},
     {"nn", "control"},
-    {"convert", "models"},
+    {"conversion", "models"},
+    {"fusion"},
     {"commands"},
     {"bench"},
     {"cli"},

@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import functional, models, nn, numpy
     from .control import build_info, explain, kernels, set_accuracy, use
-    from .convert import convert, revert
+    from .conversion import convert, revert
     from .fallback import FallbackWarning, fallback_counts, set_fallback
     from .fusion import fuse, unfuse
     from .plan import observe
 
     __version__: str
 
-# Where each name lives; a submodule lives in itself.
+# Where each name lives; a submodule lives in itself. None is a submodule's name: importing that would replace it.
 _HOMES = {
     "FallbackWarning": "fallback",
     "build_info": "control",
-    "convert": "convert",
+    "convert": "conversion",
     "explain": "control",
     "fallback_counts": "fallback",
     "fuse": "fusion",
     "kernels": "control",
     "observe": "plan",
-    "revert": "convert",
+    "revert": "conversion",
     "set_accuracy": "control",
     "set_fallback": "fallback",
     "unfuse": "fusion",
@@ -74,10 +74,7 @@ def __getattr__(name: str) -> Any:
 
         value = load()
     elif name in _HOMES:
-        home = importlib.import_module(f"fastconv.{_HOMES[name]}")
-        # All its names at once: importing a submodule called convert has just put that in the function's place.
-        globals().update({other: getattr(home, other) for other in _HOMES if _HOMES[other] == _HOMES[name]})
-        value = getattr(home, name)
+        value = getattr(importlib.import_module(f"fastconv.{_HOMES[name]}"), name)
     elif name in _SUBMODULES:
         value = importlib.import_module(f"fastconv.{name}")
     else:

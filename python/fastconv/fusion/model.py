@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn import Module
 
-from fastconv.convert import convert
+from fastconv.conversion import convert
 from fastconv.fusion.report import Report
 from fastconv.fusion.tracing import freeze
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fastconv.convert import Kept
+from fastconv.conversion import Kept
 
 
 @dataclass(frozen=True)

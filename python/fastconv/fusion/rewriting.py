@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from fastconv import nn
 from fastconv._folding import activation_of, why_not_folded
-from fastconv.convert import Kept
+from fastconv.conversion import Kept
 from fastconv.fusion.frozen import FrozenConv2d
 from fastconv.fusion.report import Report
 

@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.nn.modules import batchnorm
 
 from fastconv import nn
-from fastconv.convert import Kept
+from fastconv.conversion import Kept
 from fastconv.fusion.frozen import FrozenConv2d
 from fastconv.fusion.report import Report
 from fastconv.fusion.rewriting import hooked, rewrite, why_not_frozen
