@@ -30,7 +30,7 @@ ISA_HEADERS = {"cstddef", "cstdint", "immintrin.h"}
 
 # What a module of the package may import: the modules of the lines above its own, and the package's own parts.
 LEVELS = [
-    {"_C", "_arguments", "fallback"},
+    {"_C", "_arguments", "_reference_attention", "fallback"},
     {"_native", "reference", "_routes"},
     {"testing", "plan"},
     {"ops", "numpy"},

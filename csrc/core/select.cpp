@@ -34,6 +34,11 @@ Problem nominal(const std::string& op, Problem problem) {
   return problem;
 }
 
+SdpaProblem nominal(const std::string&, SdpaProblem problem) {
+  problem.B = kNominalBatch;
+  return problem;
+}
+
 }  // namespace
 
 template <class Problem>
@@ -86,7 +91,9 @@ Plan<Problem> choose(const std::string& op, const Problem& problem, int threads,
 
 template std::vector<Candidate> candidates(const std::string&, const Conv2dProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const Pool2dProblem&, const Wish&);
+template std::vector<Candidate> candidates(const std::string&, const SdpaProblem&, const Wish&);
 template Plan<Conv2dProblem> choose(const std::string&, const Conv2dProblem&, int, const Wish&);
 template Plan<Pool2dProblem> choose(const std::string&, const Pool2dProblem&, int, const Wish&);
+template Plan<SdpaProblem> choose(const std::string&, const SdpaProblem&, int, const Wish&);
 
 }  // namespace fastconv

@@ -40,6 +40,7 @@ OPS = (
     "max_pool2d_bwd",
     "avg_pool2d_fwd",
     "avg_pool2d_bwd",
+    "sdpa_fwd",
 )
 
 

@@ -1,0 +1,162 @@
+#include "cpu/blocks/attention.h"
+
+#include "cpu/blocks/activation.h"
+#include "cpu/blocks/filter_panel.h"
+
+namespace fastconv::FASTCONV_TARGET {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634074;
+
+template <class T>
+constexpr T kInfinity = T(__builtin_inf());
+
+template <class T>
+FC_INLINE void fill_from(T* p, int64_t begin, int64_t end, T value) {
+  for (int64_t j = begin; j < end; j += kLanes<T>) store(p + j, set1(value), int(end - j < kLanes<T> ? end - j : kLanes<T>));
+}
+
+// cap * tanh(x / cap). The absolute error is that of exp, so a rounding of cap: what a score of that size has anyway.
+template <class T>
+FC_INLINE vec<T> soft_cap(vec<T> x, T cap, T inverse) {
+  const vec<T> y = x * set1(inverse);
+  const vec<T> e = exp(abs(y) * set1(T(-2)));
+  const vec<T> size = set1(cap) * (set1(T(1)) - e) / (set1(T(1)) + e);
+  return blend(is_nan(x), x, blend(greater(zero<T>(), x), zero<T>() - size, size));
+}
+
+// One row of the mask as numbers to add, in units of log 2: -inf for what a boolean mask hides.
+template <class T>
+FC_INLINE void mask_row(const SdpaProblem& a, const void* mask, int64_t offset, int64_t begin, int64_t end, T* row) {
+  const int64_t step = a.mask.d;
+  if (a.mask_kind == MaskKind::boolean) {
+    const uint8_t* p = static_cast<const uint8_t*>(mask) + offset;
+    if (step == 1) {
+      for (int64_t j = begin; j < end; ++j) row[j] = p[j] ? T(0) : -kInfinity<T>;
+    } else {
+      for (int64_t j = begin; j < end; ++j) row[j] = p[j * step] ? T(0) : -kInfinity<T>;
+    }
+  } else {
+    const T* p = static_cast<const T*>(mask) + offset;
+    if (step == 1) {
+      for (int64_t j = begin; j < end; ++j) row[j] = p[j] * T(kLog2e);
+    } else {
+      for (int64_t j = begin; j < end; ++j) row[j] = p[j * step] * T(kLog2e);
+    }
+  }
+}
+
+// Scores with a mask or a cap, in units of log 2, in place.
+template <class T>
+__attribute__((noinline)) void alter(const SdpaProblem& a, const void* mask, const ScoreTile<T>& tile, KeyRange vectors) {
+  using Tile = AttentionTile<T>;
+  T row[Tile::kKeys];
+  const T scale = T(a.scale < 0 ? -a.scale : a.scale), cap = T(a.softcap), inverse = cap != 0 ? 1 / cap : T(0);
+  const bool hides = a.mask_kind == MaskKind::boolean, adds = a.mask_kind != MaskKind::none;
+  fill_from(row, vectors.begin, vectors.end, T(0));
+  QueryRow at = query_row(a, tile.hkv, tile.first_row);
+  for (int64_t m = 0; m < tile.rows; ++m, advance(a, at)) {
+    const bool again = m > 0 && a.mask.h == 0 && a.mask.l == 0;
+    if (adds && !again) {
+      mask_row(a, mask, tile.b * a.mask.b + at.h * a.mask.h + at.i * a.mask.l + tile.first_key * a.mask.d, tile.keys.begin,
+               tile.keys.end, row);
+    }
+    T* s = tile.s + m * Tile::kKeys;
+    for (int64_t j = vectors.begin; j < vectors.end; j += kLanes<T>) {
+      vec<T> x = load(s + j) * set1(scale);
+      if (cap != 0) x = soft_cap(x, cap, inverse);
+      const vec<T> shift = load(row + j);
+      x = fma(x, set1(T(kLog2e)), shift);
+      // A hidden key may hold anything: NaN - inf would let it through.
+      if (hides) x = blend(greater(zero<T>(), shift), shift, x);
+      store(s + j, x);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+T scores(const SdpaProblem& a, const void* mask, const ScoreTile<T>& tile) {
+  using Tile = AttentionTile<T>;
+  constexpr int64_t kL = kLanes<T>;
+  const KeyRange vectors{tile.keys.begin / kL * kL, round_up(tile.keys.end, kL)};
+  const T* q[Tile::kRows];
+  T* s[Tile::kRows];
+  for (int64_t panel = vectors.begin / Tile::kPanel; panel * Tile::kPanel < vectors.end; ++panel) {
+    const int64_t left = (vectors.end - panel * Tile::kPanel) / kL;
+    const int count = left < Tile::kVectors ? int(left) : Tile::kVectors;
+    for (int64_t m = 0; m < tile.rows; ++m) {
+      q[m] = tile.q + m * a.D;
+      s[m] = tile.s + m * Tile::kKeys + panel * Tile::kPanel;
+    }
+    const ColumnPiece piece{0, int32_t(count * kL), 0, 1};
+    gemm_tile<T>(int(tile.rows), count, {q, 1, tile.k + panel * a.D * Tile::kPanel, Tile::kPanel, 1, a.D},
+                 {s, &piece, 1, false, false, Activation::none, nullptr, nullptr, nullptr, nullptr});
+  }
+  // In log 2 the factor stays well above the smallest numbers: what is hidden is -inf, and 0 * -inf would be NaN.
+  const double factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e;
+  const bool altered = a.mask_kind != MaskKind::none || a.softcap != 0 || factor < 1e-20;
+  if (altered) alter(a, mask, tile, vectors);
+  if (is_banded(a) || vectors.end > a.Lkv - tile.first_key) {
+    QueryRow at = query_row(a, tile.hkv, tile.first_row);
+    for (int64_t m = 0; m < tile.rows; ++m, advance(a, at)) {
+      KeyRange keys = visible_keys(a, at.i);
+      keys = meet({keys.begin - tile.first_key, keys.end - tile.first_key}, vectors);
+      if (keys.empty()) keys = {vectors.end, vectors.end};
+      T* row = tile.s + m * Tile::kKeys;
+      fill_from(row, vectors.begin, keys.begin, -kInfinity<T>);
+      fill_from(row, keys.end, vectors.end, -kInfinity<T>);
+    }
+  }
+  return altered ? T(1) : T(factor);
+}
+
+template <class T>
+void pack_rows(const T* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, T* rows) {
+  constexpr int64_t kL = kLanes<T>;
+  if (stride.d != 1) {
+    const int64_t offset = 0;
+    return pack_filters<T>({source, stride.d, stride.l, &offset, 1, count}, features, width, rows);
+  }
+  for (int64_t l = 0; l < count; ++l, source += stride.l, rows += width) {
+    int64_t d = 0;
+    for (; d + kL <= features; d += kL) store(rows + d, load(source + d));
+    if (d < width) store(rows + d, load(source + d, int(features - d)));
+  }
+}
+
+template <class T>
+void pack_queries(const SdpaProblem& a, void* q, int64_t b, int64_t hkv, int64_t first_row, int64_t count, T* rows) {
+  QueryRow row = query_row(a, hkv, first_row);
+  for (int64_t m = 0; m < count; ++m, rows += a.D, advance(a, row)) {
+    const T* source = at<T>(q, a.q, b, row.h, row.i);
+    const T sign = a.scale < 0 ? T(-1) : T(1);
+    if (a.q.d == 1) {
+      for (int64_t d = 0; d < a.D; ++d) rows[d] = sign * source[d];
+    } else {
+      for (int64_t d = 0; d < a.D; ++d) rows[d] = sign * source[d * a.q.d];
+    }
+  }
+}
+
+template <class T>
+void pack_panels(const T* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, T* panels) {
+  constexpr int64_t kPanel = AttentionTile<T>::kPanel;
+  const int64_t offset = 0;
+  for (int64_t begin = keys.begin / kPanel * kPanel; begin < keys.end; begin += kPanel) {
+    pack_filters<T>({source + begin * stride.l, stride.l, stride.d, &offset, 1, features}, count - begin, kPanel,
+                    panels + begin * features);
+  }
+}
+
+#define FC_ATTENTION(T)                                                                          \
+  template T scores(const SdpaProblem&, const void*, const ScoreTile<T>&);                       \
+  template void pack_rows(const T*, const SdpaStride&, int64_t, int64_t, int64_t, T*);           \
+  template void pack_queries(const SdpaProblem&, void*, int64_t, int64_t, int64_t, int64_t, T*); \
+  template void pack_panels(const T*, const SdpaStride&, int64_t, int64_t, KeyRange, T*);
+FC_ATTENTION(float)
+FC_ATTENTION(double)
+#undef FC_ATTENTION
+
+}  // namespace fastconv::FASTCONV_TARGET

@@ -1,0 +1,396 @@
+// sdpa_fwd.flash: attention with an online softmax. A chunk of queries meets one block of keys after the other; of the scores
+// there is never more than a tile of queries against a block.
+//
+//   tile       6 queries x 64 keys, then 6 queries x 64 features (AVX-512), blocks/gemm_tile.h
+//   transform  keys into panels of 64, values into rows: once for each chunk and block
+//   multiply   scores, exp2, times values
+//   run        chunks of queries, or chunks x segments of keys, shared out among threads
+//
+// docs/kernels/attention.md has the arithmetic. (Milakov, Gimelshein 2018; Dao et al. 2022.)
+#include "cpu/blocks/attention.h"
+#include "cpu/blocks/dropout.h"
+#include "cpu/blocks/exp2.h"
+#include "cpu/blocks/parallel.h"
+
+namespace fastconv::FASTCONV_TARGET {
+namespace {
+
+// --- tile: queries of a chunk share packed keys and values, and their state stays in the L2. A chunk may take a third of it
+// (910 queries at 64 features and 1 MB), beside a block of keys and values of 128 KB.
+constexpr int64_t kMostRows = 768, kFewRows = 96;
+
+template <class T>
+int64_t most_rows(const SdpaProblem& a, const Machine& machine) {
+  const int64_t bytes = (a.D + round_up(a.Dv, kLanes<T>) + kLanes<T>)*int64_t(sizeof(T)), rows = machine.l2_bytes / 2 / bytes;
+  return rows < kFewRows ? kFewRows : rows < kMostRows ? rows : kMostRows;
+}
+
+template <class T>
+constexpr T kInfinity = T(__builtin_inf());
+
+// How a call is cut up. Nothing that is summed depends on it.
+template <class T>
+struct Schedule {
+  int64_t units, rows, chunks, segments, width;
+  bool split;  // segments are tasks of their own
+
+  FC_INLINE Schedule(const SdpaProblem& a, const Machine& machine)
+      : units(a.B * a.Hkv), rows(unit_rows(a)), segments(segment_count<T>(a)), width(round_up(a.Dv, kLanes<T>)) {
+    // More chunks than memory asks for where threads would idle, as long as they stay large.
+    const int64_t many = most_rows<T>(a, machine), threads = machine.threads;
+    const int64_t fewest = (rows + many - 1) / many, most = (rows + kFewRows - 1) / kFewRows;
+    const int64_t wanted = threads > 1 ? (2 * threads + units - 1) / units : 1;
+    chunks = wanted < fewest ? fewest : wanted > most ? most : wanted;
+    split = segments > 1 && units * chunks < threads;
+  }
+  FC_INLINE EvenSplit cut() const { return EvenSplit(rows, (rows + chunks - 1) / chunks); }
+};
+
+// What is known of a row after some of the keys: out * sum(sums) is the sum of exp2(score - most) * v.
+template <class T>
+struct State {
+  T *out, *sums, *most;  // [rows][width], [rows][lanes], [rows]
+
+  FC_INLINE State(Arena& arena, int64_t rows, int64_t width)
+      : out(arena.take<T>(rows * width)), sums(arena.take<T>(rows * kLanes<T>)), most(arena.take<T>(rows)) {}
+};
+
+template <class T>
+struct Scratch {
+  T *q, *k, *v, *s;
+  uint8_t* started;  // of each tile of queries
+
+  FC_INLINE Scratch(Arena& arena, const SdpaProblem& a, int64_t rows, int64_t width) {
+    using Tile = AttentionTile<T>;
+    q = arena.take<T>(rows * a.D);
+    k = arena.take<T>(block_keys<T>(a) * a.D);
+    v = arena.take<T>(block_keys<T>(a) * width);
+    s = arena.take<T>(Tile::kRows * Tile::kKeys);
+    started = arena.take<uint8_t>(rows);
+  }
+};
+
+struct Chunk {
+  int64_t b, hkv, first_row, rows;
+};
+
+// --- multiply: exp2 of the scores in place, their sum, and what was there before brought to the new maximum.
+template <class T>
+FC_INLINE T row_max(const T* s, int64_t begin, int64_t end) {
+  constexpr int64_t kL = kLanes<T>;
+  vec<T> most = set1(-kInfinity<T>), most2 = most;
+  int64_t j = begin;
+  for (; j + 2 * kL <= end; j += 2 * kL) {
+    most = max(load(s + j), most);
+    most2 = max(load(s + j + kL), most2);
+  }
+  return reduce_max(j < end ? max(load(s + j), max(most, most2)) : max(most, most2));
+}
+
+template <class T, class Exp>
+FC_INLINE vec<T> exponentiate(T* s, int64_t begin, int64_t end, const Exp& exp2) {
+  constexpr int64_t kL = kLanes<T>;
+  vec<T> sum = zero<T>();
+  int64_t j = begin;
+  for (; j + 2 * kL <= end; j += 2 * kL) {
+    const vec<T> p = exp2(load(s + j)), p2 = exp2(load(s + j + kL));
+    store(s + j, p);
+    store(s + j + kL, p2);
+    sum = sum + p + p2;
+  }
+  if (j < end) {
+    const vec<T> p = exp2(load(s + j));
+    store(s + j, p);
+    sum = sum + p;
+  }
+  return sum;
+}
+
+template <class T>
+FC_INLINE void weigh(int64_t rows, T* s, int64_t begin, int64_t end, T factor, const State<T>& state, int64_t width) {
+  using Tile = AttentionTile<T>;
+  constexpr int64_t kL = kLanes<T>, kRows = (Tile::kRows + kL - 1) / kL * kL;
+  T base[kRows] = {}, shrink[kRows];
+  for (int64_t m = 0; m < rows; ++m) base[m] = row_max(s + m * Tile::kKeys, begin, end);
+  for (int64_t m = 0; m < rows; m += kL) {
+    const int n = int(rows - m < kL ? rows - m : kL);
+    // Rounded to an integer, which saves two operations for every weight: none is above sqrt(2) all the same.
+    const vec<T> before = load(state.most + m, n), peak = max(round(load(base + m) * set1(factor)), before);
+    store(state.most + m, peak, n);
+    // Where nothing is visible yet: -inf - 0, and not -inf + inf.
+    const vec<T> zeroed = blend(greater(peak, set1(-kInfinity<T>)), peak, zero<T>());
+    store(base + m, zeroed);
+    store(shrink + m, exp2_weight(before - zeroed));
+  }
+  const T inverse = 1 / factor;
+  for (int64_t m = 0; m < rows; ++m) {
+    T *const sums = state.sums + m * kL, *const out = state.out + m * width, *const row = s + m * Tile::kKeys;
+    if (shrink[m] != 1) {
+      for (int64_t c = 0; c < width; c += kL) store(out + c, load(out + c) * set1(shrink[m]));
+    }
+    const vec<T> sum =
+        Exp2<T>::fits(base[m])
+            ? exponentiate(row, begin, end, Exp2<T>(factor, inverse, base[m]))
+            : exponentiate(row, begin, end, [&](vec<T> x) { return exp2_weight(x * set1(factor) - set1(base[m])); });
+    store(sums, fma(load(sums), set1(shrink[m]), sum));
+  }
+}
+
+template <class T>
+FC_INLINE bool all_finite(const T* p, int64_t count) {
+  vec<T> sum = zero<T>();  // 0 * x is NaN for an infinity and for NaN, and stays so
+  for (int64_t i = 0; i < count; i += kLanes<T>) sum = fma(load(p + i), zero<T>(), sum);
+  return reduce_add(sum) == 0;
+}
+
+template <class T>
+FC_INLINE void times_values(T* const* p, int64_t rows, KeyRange keys, const T* v, int64_t v_step, T* out, int64_t width,
+                            bool accumulate) {
+  using Tile = AttentionTile<T>;
+  const T* weights[Tile::kRows];
+  T* outs[Tile::kRows];
+  for (int64_t m = 0; m < rows; ++m) weights[m] = p[m] + keys.begin;
+  const EvenSplit columns(width / kLanes<T>, Tile::kVectors);
+  for (int64_t part = 0; part < columns.parts; ++part) {
+    const int64_t column = columns.begin(part) * kLanes<T>;
+    const int vectors = int(columns.size(part));
+    for (int64_t m = 0; m < rows; ++m) outs[m] = out + m * width + column;
+    const ColumnPiece piece{0, int32_t(vectors * kLanes<T>), 0, 1};
+    gemm_tile<T>(int(rows), vectors, {weights, 1, v + keys.begin * v_step + column, v_step, 1, keys.end - keys.begin},
+                 {outs, &piece, 1, accumulate, false, Activation::none, nullptr, nullptr, nullptr, nullptr});
+  }
+}
+
+// The block of values that a tile is multiplied with.
+template <class T>
+struct Values {
+  const T* v;
+  int64_t step;
+  bool exact;  // some value is NaN or infinite: a query must not even multiply by 0 what it does not see
+};
+
+template <class T>
+FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<T>& at, const Values<T>& values, int64_t width,
+                    State<T> state, bool started) {
+  using Tile = AttentionTile<T>;
+  constexpr int64_t kL = kLanes<T>;
+  const T factor = scores<T>(a, args.mask, at);
+  T* p[Tile::kRows];
+  QueryRow row = query_row(a, at.hkv, at.first_row);
+  const int64_t begin = at.keys.begin / kL * kL, end = round_up(at.keys.end, kL);
+  if (!started) {
+    for (int64_t m = 0; m < at.rows; ++m) {
+      state.most[m] = -kInfinity<T>;
+      store(state.sums + m * kL, zero<T>());
+    }
+  }
+  weigh(at.rows, at.s, begin, end, factor, state, started ? width : 0);
+  for (int64_t m = 0; m < at.rows; ++m, advance(a, row)) {
+    p[m] = at.s + m * Tile::kKeys;
+    if (a.dropout.p > 0) {
+      drop(a, dropout_row(a, at.b, row.h, row.i), at.first_key + begin, end - begin, p[m] + begin);
+    }
+  }
+  if (!values.exact) return times_values(p, at.rows, at.keys, values.v, values.step, state.out, width, started);
+  row = query_row(a, at.hkv, at.first_row);
+  for (int64_t m = 0; m < at.rows; ++m, advance(a, row)) {
+    KeyRange keys = visible_keys(a, row.i);
+    keys = meet({keys.begin - at.first_key, keys.end - at.first_key}, at.keys);
+    if (keys.empty()) keys.end = keys.begin = at.keys.begin;
+    times_values(p + m, 1, keys, values.v, values.step, state.out + m * width, width, started);
+  }
+}
+
+// A chunk of queries against one segment of keys, from nothing.
+template <class T>
+void run_segment(const SdpaProblem& a, const SdpaArgs& args, const Chunk& chunk, int64_t segment, const Scratch<T>& scratch,
+                 const State<T>& state) {
+  using Tile = AttentionTile<T>;
+  const int64_t width = round_up(a.Dv, kLanes<T>), block = block_keys<T>(a), segment_size = segment_keys<T>(a);
+  const EvenSplit tiles(chunk.rows, Tile::kRows);
+  const KeyRange all = meet(visible_keys(a, chunk.first_row, chunk.rows), {segment * segment_size, (segment + 1) * segment_size});
+  for (int64_t t = 0; t < tiles.parts; ++t) scratch.started[t] = 0;
+  // A few queries need no copy of the values.
+  const bool in_place = tiles.parts == 1 && a.v.d == 1 && a.Dv % kLanes<T> == 0 && !is_banded(a);
+
+  for (int64_t first = all.begin / block * block; first < all.end; first += block) {
+    const int64_t count = a.Lkv - first < block ? a.Lkv - first : block;
+    const KeyRange seen = meet({all.begin - first, all.end - first}, {0, count});
+    pack_panels<T>(at<T>(args.k, a.k, chunk.b, chunk.hkv, first), a.k, count, a.D, seen, scratch.k);
+    Values<T> values{at<T>(args.v, a.v, chunk.b, chunk.hkv, first), a.v.l, false};
+    if (!in_place) {
+      pack_rows<T>(values.v + seen.begin * a.v.l, a.v, seen.end - seen.begin, a.Dv, width, scratch.v + seen.begin * width);
+      values = {scratch.v, width, is_banded(a) && !all_finite(scratch.v + seen.begin * width, (seen.end - seen.begin) * width)};
+    }
+    for (int64_t t = 0; t < tiles.parts; ++t) {
+      const int64_t row = tiles.begin(t), rows = tiles.size(t);
+      KeyRange keys = visible_keys(a, chunk.first_row + row, rows);
+      keys = meet({keys.begin - first, keys.end - first}, seen);
+      if (keys.empty()) continue;
+      State<T> rest = state;
+      rest.out += row * width, rest.sums += row * kLanes<T>, rest.most += row;
+      const ScoreTile<T> scores{chunk.b,   chunk.hkv, chunk.first_row + row, rows, first, keys, scratch.q + row * a.D,
+                                scratch.k, scratch.s};
+      tile(a, args, scores, values, width, rest, scratch.started[t]);
+      scratch.started[t] = 1;
+    }
+  }
+  for (int64_t t = 0; t < tiles.parts; ++t) {
+    if (scratch.started[t]) continue;
+    for (int64_t r = tiles.begin(t); r < tiles.begin(t + 1); ++r) {
+      state.most[r] = -kInfinity<T>;
+      store(state.sums + r * kLanes<T>, zero<T>());
+      for (int64_t c = 0; c < width; c += kLanes<T>) store(state.out + r * width + c, zero<T>());
+    }
+  }
+}
+
+// Segments are added up one after the other: total += next.
+template <class T>
+void add_segment(const State<T>& total, const State<T>& next, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T peak = total.most[r] > next.most[r] ? total.most[r] : next.most[r];
+    if (peak == -kInfinity<T>) continue;
+    const vec<T> mine = set1(exp2_weight(total.most[r] - peak)), theirs = set1(exp2_weight(next.most[r] - peak));
+    T *sums = total.sums + r * kLanes<T>, *out = total.out + r * width;
+    store(sums, fma(load(next.sums + r * kLanes<T>), theirs, load(sums) * mine));
+    for (int64_t c = 0; c < width; c += kLanes<T>) {
+      store(out + c, fma(load(next.out + r * width + c), theirs, load(out + c) * mine));
+    }
+    total.most[r] = peak;
+  }
+}
+
+template <class T>
+void finish(const SdpaProblem& a, const SdpaArgs& args, const Chunk& chunk, const State<T>& state, int64_t width) {
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    const QueryRow row = query_row(a, chunk.hkv, chunk.first_row + r);
+    const T sum = reduce_add(load(state.sums + r * kLanes<T>));
+    T* out = at<T>(args.out, a.out, chunk.b, row.h, row.i);
+    for (int64_t c = 0; c < a.Dv; c += kLanes<T>) {
+      const int n = a.Dv - c < kLanes<T> ? int(a.Dv - c) : kLanes<T>;
+      const vec<T> y = sum == 0 ? zero<T>() : load(state.out + r * width + c) / set1(sum);
+      if (a.out.d == 1) {
+        store(out + c, y, n);
+      } else {
+        store_strided(out + c * a.out.d, a.out.d, y, n);
+      }
+    }
+    if (args.lse) {
+      constexpr double kLn2 = 0.69314718055994530942;
+      T* lse = static_cast<T*>(args.lse) + (chunk.b * a.Hq + row.h) * a.Lq + row.i;
+      *lse = sum == 0 ? -kInfinity<T> : T(double(state.most[r]) * kLn2 + __builtin_log(double(sum)));
+    }
+  }
+}
+
+// --- run
+template <class T>
+Chunk chunk_at(const SdpaProblem& a, const Schedule<T>& schedule, int64_t task) {
+  const EvenSplit rows = schedule.cut();
+  const int64_t unit = task / rows.parts, place = task % rows.parts;
+  // First, last, second, last but one: neighbours together cost the same under a causal mask.
+  const int64_t part = place % 2 == 0 ? place / 2 : rows.parts - 1 - place / 2;
+  return {unit / a.Hkv, unit % a.Hkv, rows.begin(part), rows.size(part)};
+}
+
+template <class T>
+struct Memory {
+  int64_t scratch, state;  // bytes: of a thread, of a chunk in a segment
+
+  FC_INLINE Memory(const SdpaProblem& a, const Schedule<T>& schedule) {
+    const int64_t rows = schedule.cut().largest();
+    Arena scratch_arena(nullptr), state_arena(nullptr);
+    const Scratch<T> s(scratch_arena, a, rows, schedule.width);
+    const State<T> t(state_arena, rows, schedule.width);
+    (void)s, (void)t;
+    scratch = scratch_arena.used(), state = state_arena.used();
+  }
+};
+
+template <class T>
+void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
+  const int threads = context.machine->threads;
+  const Schedule<T> schedule(a, *context.machine);
+  const Memory<T> memory(a, schedule);
+  const int64_t tasks = schedule.units * schedule.cut().parts, largest = schedule.cut().largest();
+  char* const scratches = static_cast<char*>(context.workspace);
+  char* const states = scratches + threads * memory.scratch;
+  const auto scratch_of = [&](int thread) {
+    Arena arena(scratches + thread * memory.scratch);
+    return Scratch<T>(arena, a, largest, schedule.width);
+  };
+  const auto state_at = [&](int64_t place) {
+    Arena arena(states + place * memory.state);
+    return State<T>(arena, largest, schedule.width);
+  };
+  const auto start = [&](const Chunk& chunk, const Scratch<T>& scratch) {
+    pack_queries<T>(a, args.q, chunk.b, chunk.hkv, chunk.first_row, chunk.rows, scratch.q);
+  };
+
+  if (!schedule.split) {
+    parallel_ranges(context, tasks, [&](int thread, int64_t begin, int64_t end) {
+      const Scratch<T> scratch = scratch_of(thread);
+      const State<T> total = state_at(2 * thread), next = state_at(2 * thread + 1);
+      for (int64_t task = begin; task < end; ++task) {
+        const Chunk chunk = chunk_at(a, schedule, task);
+        start(chunk, scratch);
+        run_segment(a, args, chunk, 0, scratch, total);
+        for (int64_t segment = 1; segment < schedule.segments; ++segment) {
+          run_segment(a, args, chunk, segment, scratch, next);
+          add_segment(total, next, chunk.rows, schedule.width);
+        }
+        finish(a, args, chunk, total, schedule.width);
+      }
+    });
+    return;
+  }
+  parallel_ranges(context, tasks * schedule.segments, [&](int thread, int64_t begin, int64_t end) {
+    const Scratch<T> scratch = scratch_of(thread);
+    for (int64_t place = begin; place < end; ++place) {
+      const Chunk chunk = chunk_at(a, schedule, place / schedule.segments);
+      start(chunk, scratch);
+      run_segment(a, args, chunk, place % schedule.segments, scratch, state_at(place));
+    }
+  });
+  parallel_ranges(context, tasks, [&](int, int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const Chunk chunk = chunk_at(a, schedule, task);
+      const State<T> total = state_at(task * schedule.segments);
+      for (int64_t segment = 1; segment < schedule.segments; ++segment) {
+        add_segment(total, state_at(task * schedule.segments + segment), chunk.rows, schedule.width);
+      }
+      finish(a, args, chunk, total, schedule.width);
+    }
+  });
+}
+
+// --- contract
+const char* reject(const SdpaProblem& a) {
+  if (a.B <= 0 || a.Lq <= 0 || a.Hq <= 0) return "there is no query";
+  return nullptr;
+}
+
+template <class T>
+double cost(const SdpaProblem& a, const Machine& machine) {
+  const double products = 2.0 * double(a.B * a.Hq) * double(a.Lq) * double(a.Lkv) * double(a.D + a.Dv);
+  return products / (0.8 * 2.0 * 2.0 * kLanes<T> * 3e9 * machine.threads);
+}
+
+template <class T>
+int64_t workspace(const SdpaProblem& a, const Machine& machine) {
+  const Schedule<T> schedule(a, machine);
+  const Memory<T> memory(a, schedule);
+  const int64_t states = schedule.split ? schedule.units * schedule.cut().parts * schedule.segments : 2 * machine.threads;
+  return machine.threads * memory.scratch + states * memory.state;
+}
+
+template <class T>
+constexpr Kernel<SdpaProblem> kKernel = {1.0f, reject, cost<T>, workspace<T>, run<T>};
+
+}  // namespace
+
+extern constinit const Kernel<SdpaProblem> sdpa_fwd_flash_f32 = kKernel<float>;
+extern constinit const Kernel<SdpaProblem> sdpa_fwd_flash_f64 = kKernel<double>;
+
+}  // namespace fastconv::FASTCONV_TARGET
