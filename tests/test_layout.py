@@ -35,7 +35,7 @@ LEVELS = [
     {"testing", "plan"},
     {"ops", "numpy"},
     {"_conv_checks", "_pool_checks"},
-    {"_convolution", "_pooling"},
+    {"_attention", "_convolution", "_pooling"},
     {"functional"},
     {"nn", "control"},
     {"convert", "models"},

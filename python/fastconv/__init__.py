@@ -1,4 +1,4 @@
-"""Convolution, pooling and linear layers for PyTorch on kernels of our own.
+"""Convolution, pooling, linear and attention layers for PyTorch on kernels of our own.
 
     import fastconv
     y = fastconv.functional.conv2d(x, w, padding=1)     # torch.nn.functional's signatures
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import functional, models, nn, numpy
+    from ._attention import sdpa
     from .control import build_info, explain, kernels, set_accuracy, use
     from .convert import convert, revert
     from .fallback import FallbackWarning, fallback_counts, set_fallback
@@ -32,6 +33,7 @@ _HOMES = {
     "kernels": "control",
     "observe": "plan",
     "revert": "convert",
+    "sdpa": "_attention",
     "set_accuracy": "control",
     "set_fallback": "fallback",
     "use": "control",
@@ -52,6 +54,7 @@ __all__ = [
     "numpy",
     "observe",
     "revert",
+    "sdpa",
     "set_accuracy",
     "set_fallback",
     "use",

@@ -84,16 +84,23 @@ FC_INLINE T* at(void* p, const SdpaStride& s, int64_t b, int64_t h, int64_t l) {
   return static_cast<T*>(p) + b * s.b + h * s.h + l * s.l;
 }
 
-// Some rows of one unit against a block of keys.
+// Rows first .. first + count - 1 of one unit.
+struct UnitRows {
+  int64_t b, hkv, first, count;
+};
+
+// At most AttentionTile::kRows rows against a block of keys.
 template <class T>
 struct ScoreTile {
-  int64_t b, hkv;
-  int64_t first_row, rows;  // at most AttentionTile::kRows
-  int64_t first_key;        // of the block
-  KeyRange keys;            // those that some row sees, counted from first_key
-  const T* q;               // [rows][D], packed by pack_queries
-  const T* k;               // [panel][D][kPanel]
-  T* s;                     // [rows][kKeys]
+  UnitRows rows;
+  int64_t first_key;  // of the block
+  KeyRange keys;      // those that some row sees, counted from first_key
+  const T* q;         // [rows][q_step], packed by pack_queries
+  int64_t q_step;
+  const T* k;  // [panel][D][kPanel]
+  T* s;        // [rows][s_step]
+  int64_t s_step;
+  T* slope;  // [rows][s_step]: what the softcap makes of a small change, where that is wanted
 };
 
 // Fills s[m][j] for the whole vectors that cover `keys`, -inf where a query does not see a key. What is there times the returned
@@ -101,22 +108,48 @@ struct ScoreTile {
 template <class T>
 T scores(const SdpaProblem& a, const void* mask, const ScoreTile<T>& tile);
 
-// `count` positions of a head as rows [position][width], zeros from feature `features` on.
+// The plain product of panels: s[m][j] = sum over d of q[m][d] * k[j][d], for the whole vectors that cover `keys`.
+template <class T>
+void dot_products(const ScoreTile<T>& tile, int64_t features);
+
+// out[m][c] = sum over d < depth of a[m*a_row + d*a_step] * b[d*b_step + c], plus what is there when `accumulate`. The width is a
+// multiple of the lanes.
+template <class T>
+struct Product {
+  const T* a;
+  int64_t a_row, a_step;
+  const T* b;
+  int64_t b_step, depth;
+  T* out;
+  int64_t out_step;
+};
+template <class T>
+void multiply(int64_t rows, int64_t width, const Product<T>& product, bool accumulate);
+
+// `count` positions of a head as rows [position][width], zeros from feature `features` on; the width is a multiple of the lanes.
 template <class T>
 void pack_rows(const T* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, T* rows);
 
+// The same for `count` rows of a unit, from a tensor with a head for each head of queries.
+template <class T>
+void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const T* source, const SdpaStride& stride, int64_t features,
+                    int64_t width, T* rows);
+
 // Queries of a unit, negated where the scale is negative: what follows then only knows scales that are not.
 template <class T>
-void pack_queries(const SdpaProblem& a, void* q, int64_t b, int64_t hkv, int64_t first_row, int64_t count, T* rows);
+void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, T* rows);
 
 // Those panels [panel][features][kPanel] of a block of keys that cover `keys`.
 template <class T>
 void pack_panels(const T* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, T* panels);
 
-#define FC_ATTENTION(T)                                                                                 \
-  extern template T scores(const SdpaProblem&, const void*, const ScoreTile<T>&);                       \
-  extern template void pack_rows(const T*, const SdpaStride&, int64_t, int64_t, int64_t, T*);           \
-  extern template void pack_queries(const SdpaProblem&, void*, int64_t, int64_t, int64_t, int64_t, T*); \
+#define FC_ATTENTION(T)                                                                                                        \
+  extern template T scores(const SdpaProblem&, const void*, const ScoreTile<T>&);                                              \
+  extern template void dot_products(const ScoreTile<T>&, int64_t);                                                             \
+  extern template void multiply(int64_t, int64_t, const Product<T>&, bool);                                                    \
+  extern template void pack_rows(const T*, const SdpaStride&, int64_t, int64_t, int64_t, T*);                                  \
+  extern template void pack_queries(const SdpaProblem&, const UnitRows&, void*, int64_t, T*);                                  \
+  extern template void pack_unit_rows(const SdpaProblem&, const UnitRows&, const T*, const SdpaStride&, int64_t, int64_t, T*); \
   extern template void pack_panels(const T*, const SdpaStride&, int64_t, int64_t, KeyRange, T*);
 FC_ATTENTION(float)
 FC_ATTENTION(double)

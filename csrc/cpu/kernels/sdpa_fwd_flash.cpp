@@ -62,16 +62,12 @@ struct Scratch {
 
   FC_INLINE Scratch(Arena& arena, const SdpaProblem& a, int64_t rows, int64_t width) {
     using Tile = AttentionTile<T>;
-    q = arena.take<T>(rows * a.D);
+    q = arena.take<T>(rows * round_up(a.D, kLanes<T>));
     k = arena.take<T>(block_keys<T>(a) * a.D);
     v = arena.take<T>(block_keys<T>(a) * width);
     s = arena.take<T>(Tile::kRows * Tile::kKeys);
     started = arena.take<uint8_t>(rows);
   }
-};
-
-struct Chunk {
-  int64_t b, hkv, first_row, rows;
 };
 
 // --- multiply: exp2 of the scores in place, their sum, and what was there before brought to the new maximum.
@@ -110,16 +106,18 @@ template <class T>
 FC_INLINE void weigh(int64_t rows, T* s, int64_t begin, int64_t end, T factor, const State<T>& state, int64_t width) {
   using Tile = AttentionTile<T>;
   constexpr int64_t kL = kLanes<T>, kRows = (Tile::kRows + kL - 1) / kL * kL;
-  T base[kRows] = {}, shrink[kRows];
-  for (int64_t m = 0; m < rows; ++m) base[m] = row_max(s + m * Tile::kKeys, begin, end);
+  T top[kRows] = {}, rest[kRows], base[kRows], shrink[kRows];
+  for (int64_t m = 0; m < rows; ++m) top[m] = row_max(s + m * Tile::kKeys, begin, end);
   for (int64_t m = 0; m < rows; m += kL) {
     const int n = int(rows - m < kL ? rows - m : kL);
     // Rounded to an integer, which saves two operations for every weight: none is above sqrt(2) all the same.
-    const vec<T> before = load(state.most + m, n), peak = max(round(load(base + m) * set1(factor)), before);
+    const vec<T> mine = round(load(top + m) * set1(factor));
+    const vec<T> before = load(state.most + m, n), peak = max(mine, before);
     store(state.most + m, peak, n);
     // Where nothing is visible yet: -inf - 0, and not -inf + inf.
     const vec<T> zeroed = blend(greater(peak, set1(-kInfinity<T>)), peak, zero<T>());
     store(base + m, zeroed);
+    store(rest + m, mine - zeroed);
     store(shrink + m, exp2_weight(before - zeroed));
   }
   const T inverse = 1 / factor;
@@ -128,10 +126,14 @@ FC_INLINE void weigh(int64_t rows, T* s, int64_t begin, int64_t end, T factor, c
     if (shrink[m] != 1) {
       for (int64_t c = 0; c < width; c += kL) store(out + c, load(out + c) * set1(shrink[m]));
     }
-    const vec<T> sum =
-        Exp2<T>::fits(base[m])
-            ? exponentiate(row, begin, end, Exp2<T>(factor, inverse, base[m]))
-            : exponentiate(row, begin, end, [&](vec<T> x) { return exp2_weight(x * set1(factor) - set1(base[m])); });
+    vec<T> sum;
+    if (Exp2<T>::fits(base[m])) {
+      sum = exponentiate(row, begin, end, Exp2<T>(factor, inverse, base[m]));
+    } else {
+      // Scores of millions, whose products differ by more than their roundings: what is left of the largest is exactly 0.
+      const vec<T> largest = set1(top[m] == -kInfinity<T> ? T(0) : top[m]), below = set1(rest[m]);
+      sum = exponentiate(row, begin, end, [&](vec<T> x) { return exp2_weight(fma(x - largest, set1(factor), below)); });
+    }
     store(sums, fma(load(sums), set1(shrink[m]), sum));
   }
 }
@@ -141,24 +143,6 @@ FC_INLINE bool all_finite(const T* p, int64_t count) {
   vec<T> sum = zero<T>();  // 0 * x is NaN for an infinity and for NaN, and stays so
   for (int64_t i = 0; i < count; i += kLanes<T>) sum = fma(load(p + i), zero<T>(), sum);
   return reduce_add(sum) == 0;
-}
-
-template <class T>
-FC_INLINE void times_values(T* const* p, int64_t rows, KeyRange keys, const T* v, int64_t v_step, T* out, int64_t width,
-                            bool accumulate) {
-  using Tile = AttentionTile<T>;
-  const T* weights[Tile::kRows];
-  T* outs[Tile::kRows];
-  for (int64_t m = 0; m < rows; ++m) weights[m] = p[m] + keys.begin;
-  const EvenSplit columns(width / kLanes<T>, Tile::kVectors);
-  for (int64_t part = 0; part < columns.parts; ++part) {
-    const int64_t column = columns.begin(part) * kLanes<T>;
-    const int vectors = int(columns.size(part));
-    for (int64_t m = 0; m < rows; ++m) outs[m] = out + m * width + column;
-    const ColumnPiece piece{0, int32_t(vectors * kLanes<T>), 0, 1};
-    gemm_tile<T>(int(rows), vectors, {weights, 1, v + keys.begin * v_step + column, v_step, 1, keys.end - keys.begin},
-                 {outs, &piece, 1, accumulate, false, Activation::none, nullptr, nullptr, nullptr, nullptr});
-  }
 }
 
 // The block of values that a tile is multiplied with.
@@ -172,43 +156,47 @@ struct Values {
 template <class T>
 FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<T>& at, const Values<T>& values, int64_t width,
                     State<T> state, bool started) {
-  using Tile = AttentionTile<T>;
   constexpr int64_t kL = kLanes<T>;
   const T factor = scores<T>(a, args.mask, at);
-  T* p[Tile::kRows];
-  QueryRow row = query_row(a, at.hkv, at.first_row);
-  const int64_t begin = at.keys.begin / kL * kL, end = round_up(at.keys.end, kL);
+  const int64_t rows = at.rows.count, begin = at.keys.begin / kL * kL, end = round_up(at.keys.end, kL);
   if (!started) {
-    for (int64_t m = 0; m < at.rows; ++m) {
+    for (int64_t m = 0; m < rows; ++m) {
       state.most[m] = -kInfinity<T>;
       store(state.sums + m * kL, zero<T>());
     }
   }
-  weigh(at.rows, at.s, begin, end, factor, state, started ? width : 0);
-  for (int64_t m = 0; m < at.rows; ++m, advance(a, row)) {
-    p[m] = at.s + m * Tile::kKeys;
-    if (a.dropout.p > 0) {
-      drop(a, dropout_row(a, at.b, row.h, row.i), at.first_key + begin, end - begin, p[m] + begin);
+  weigh(rows, at.s, begin, end, factor, state, started ? width : 0);
+  QueryRow row = query_row(a, at.rows.hkv, at.rows.first);
+  if (a.dropout.p > 0) {
+    for (int64_t m = 0; m < rows; ++m, advance(a, row)) {
+      drop(a, dropout_row(a, at.rows.b, row.h, row.i), at.first_key + begin, end - begin, at.s + m * at.s_step + begin);
     }
   }
-  if (!values.exact) return times_values(p, at.rows, at.keys, values.v, values.step, state.out, width, started);
-  row = query_row(a, at.hkv, at.first_row);
-  for (int64_t m = 0; m < at.rows; ++m, advance(a, row)) {
+  const auto weighted = [&](int64_t m, int64_t count, KeyRange keys) {
+    multiply<T>(count, width,
+                {at.s + m * at.s_step + keys.begin, at.s_step, 1, values.v + keys.begin * values.step, values.step,
+                 keys.end - keys.begin, state.out + m * width, width},
+                started);
+  };
+  if (!values.exact) return weighted(0, rows, at.keys);
+  row = query_row(a, at.rows.hkv, at.rows.first);
+  for (int64_t m = 0; m < rows; ++m, advance(a, row)) {
     KeyRange keys = visible_keys(a, row.i);
     keys = meet({keys.begin - at.first_key, keys.end - at.first_key}, at.keys);
     if (keys.empty()) keys.end = keys.begin = at.keys.begin;
-    times_values(p + m, 1, keys, values.v, values.step, state.out + m * width, width, started);
+    weighted(m, 1, keys);
   }
 }
 
 // A chunk of queries against one segment of keys, from nothing.
 template <class T>
-void run_segment(const SdpaProblem& a, const SdpaArgs& args, const Chunk& chunk, int64_t segment, const Scratch<T>& scratch,
+void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chunk, int64_t segment, const Scratch<T>& scratch,
                  const State<T>& state) {
   using Tile = AttentionTile<T>;
-  const int64_t width = round_up(a.Dv, kLanes<T>), block = block_keys<T>(a), segment_size = segment_keys<T>(a);
-  const EvenSplit tiles(chunk.rows, Tile::kRows);
-  const KeyRange all = meet(visible_keys(a, chunk.first_row, chunk.rows), {segment * segment_size, (segment + 1) * segment_size});
+  const int64_t q_width = round_up(a.D, kLanes<T>), width = round_up(a.Dv, kLanes<T>), block = block_keys<T>(a),
+                segment_size = segment_keys<T>(a);
+  const EvenSplit tiles(chunk.count, Tile::kRows);
+  const KeyRange all = meet(visible_keys(a, chunk.first, chunk.count), {segment * segment_size, (segment + 1) * segment_size});
   for (int64_t t = 0; t < tiles.parts; ++t) scratch.started[t] = 0;
   // A few queries need no copy of the values.
   const bool in_place = tiles.parts == 1 && a.v.d == 1 && a.Dv % kLanes<T> == 0 && !is_banded(a);
@@ -224,13 +212,20 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const Chunk& chunk,
     }
     for (int64_t t = 0; t < tiles.parts; ++t) {
       const int64_t row = tiles.begin(t), rows = tiles.size(t);
-      KeyRange keys = visible_keys(a, chunk.first_row + row, rows);
+      KeyRange keys = visible_keys(a, chunk.first + row, rows);
       keys = meet({keys.begin - first, keys.end - first}, seen);
       if (keys.empty()) continue;
       State<T> rest = state;
       rest.out += row * width, rest.sums += row * kLanes<T>, rest.most += row;
-      const ScoreTile<T> scores{chunk.b,   chunk.hkv, chunk.first_row + row, rows, first, keys, scratch.q + row * a.D,
-                                scratch.k, scratch.s};
+      const ScoreTile<T> scores{{chunk.b, chunk.hkv, chunk.first + row, rows},
+                                first,
+                                keys,
+                                scratch.q + row * q_width,
+                                q_width,
+                                scratch.k,
+                                scratch.s,
+                                Tile::kKeys,
+                                nullptr};
       tile(a, args, scores, values, width, rest, scratch.started[t]);
       scratch.started[t] = 1;
     }
@@ -262,9 +257,9 @@ void add_segment(const State<T>& total, const State<T>& next, int64_t rows, int6
 }
 
 template <class T>
-void finish(const SdpaProblem& a, const SdpaArgs& args, const Chunk& chunk, const State<T>& state, int64_t width) {
-  for (int64_t r = 0; r < chunk.rows; ++r) {
-    const QueryRow row = query_row(a, chunk.hkv, chunk.first_row + r);
+void finish(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chunk, const State<T>& state, int64_t width) {
+  for (int64_t r = 0; r < chunk.count; ++r) {
+    const QueryRow row = query_row(a, chunk.hkv, chunk.first + r);
     const T sum = reduce_add(load(state.sums + r * kLanes<T>));
     T* out = at<T>(args.out, a.out, chunk.b, row.h, row.i);
     for (int64_t c = 0; c < a.Dv; c += kLanes<T>) {
@@ -286,7 +281,7 @@ void finish(const SdpaProblem& a, const SdpaArgs& args, const Chunk& chunk, cons
 
 // --- run
 template <class T>
-Chunk chunk_at(const SdpaProblem& a, const Schedule<T>& schedule, int64_t task) {
+UnitRows chunk_at(const SdpaProblem& a, const Schedule<T>& schedule, int64_t task) {
   const EvenSplit rows = schedule.cut();
   const int64_t unit = task / rows.parts, place = task % rows.parts;
   // First, last, second, last but one: neighbours together cost the same under a causal mask.
@@ -324,8 +319,8 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
     Arena arena(states + place * memory.state);
     return State<T>(arena, largest, schedule.width);
   };
-  const auto start = [&](const Chunk& chunk, const Scratch<T>& scratch) {
-    pack_queries<T>(a, args.q, chunk.b, chunk.hkv, chunk.first_row, chunk.rows, scratch.q);
+  const auto start = [&](const UnitRows& chunk, const Scratch<T>& scratch) {
+    pack_queries<T>(a, chunk, args.q, round_up(a.D, kLanes<T>), scratch.q);
   };
 
   if (!schedule.split) {
@@ -333,12 +328,12 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
       const Scratch<T> scratch = scratch_of(thread);
       const State<T> total = state_at(2 * thread), next = state_at(2 * thread + 1);
       for (int64_t task = begin; task < end; ++task) {
-        const Chunk chunk = chunk_at(a, schedule, task);
+        const UnitRows chunk = chunk_at(a, schedule, task);
         start(chunk, scratch);
         run_segment(a, args, chunk, 0, scratch, total);
         for (int64_t segment = 1; segment < schedule.segments; ++segment) {
           run_segment(a, args, chunk, segment, scratch, next);
-          add_segment(total, next, chunk.rows, schedule.width);
+          add_segment(total, next, chunk.count, schedule.width);
         }
         finish(a, args, chunk, total, schedule.width);
       }
@@ -348,17 +343,17 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   parallel_ranges(context, tasks * schedule.segments, [&](int thread, int64_t begin, int64_t end) {
     const Scratch<T> scratch = scratch_of(thread);
     for (int64_t place = begin; place < end; ++place) {
-      const Chunk chunk = chunk_at(a, schedule, place / schedule.segments);
+      const UnitRows chunk = chunk_at(a, schedule, place / schedule.segments);
       start(chunk, scratch);
       run_segment(a, args, chunk, place % schedule.segments, scratch, state_at(place));
     }
   });
   parallel_ranges(context, tasks, [&](int, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const Chunk chunk = chunk_at(a, schedule, task);
+      const UnitRows chunk = chunk_at(a, schedule, task);
       const State<T> total = state_at(task * schedule.segments);
       for (int64_t segment = 1; segment < schedule.segments; ++segment) {
-        add_segment(total, state_at(task * schedule.segments + segment), chunk.rows, schedule.width);
+        add_segment(total, state_at(task * schedule.segments + segment), chunk.count, schedule.width);
       }
       finish(a, args, chunk, total, schedule.width);
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 
-SDPA_OPS = ("sdpa_fwd",)
+SDPA_OPS = ("sdpa_fwd", "sdpa_bwd")
 KEY = 0x1234567
 
 # name: formats of q, k and v, out (see buffers.strides_of).
@@ -41,7 +41,8 @@ SDPA_LAYOUTS = {
     "shared": ("nchw", "shared", "shared", "nchw"),
     "scalar": ("scalar", "nchw", "scalar", "nchw"),
 }
-ROLES = {"sdpa_fwd": (("q", "k", "v"), ("out", "lse"))}
+READS = {"sdpa_fwd": ("q", "k", "v"), "sdpa_bwd": ("q", "k", "v", "out", "lse", "dout", "dlse")}
+WRITES = {"sdpa_fwd": ("out", "lse"), "sdpa_bwd": ("dq", "dk", "dv")}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class SdpaCase:
     def shapes(self) -> Shapes:
         """Shape and memory format of every operand."""
         q, k, v, out = SDPA_LAYOUTS[self.layout]
+        # Gradients have memory of their own where operands share theirs.
+        dq, dk, dv = ("nchw" if name in ("shared", "scalar") else name for name in (q, k, v))
         rows = (self.N, self.Hq, self.Lq)
         keys = (self.N, self.Hkv, self.Lkv)
         scores = (*rows, self.Lkv)
@@ -91,7 +94,19 @@ class SdpaCase:
             "out": ((*rows, self.Dv), out),
             "lse": ((*rows, 1), "nchw"),
             "mask": (scores, f"mask_{self.mask}"),
+            "dout": ((*rows, self.Dv), out),
+            "dlse": ((*rows, 1), "nchw"),
+            "dq": ((*rows, self.D), dq),
+            "dk": ((*keys, self.D), dk),
+            "dv": ((*keys, self.Dv), dv),
+            "dmask": (scores, "nchw"),
         }
+
+    def operands(self, op: str) -> tuple[str, ...]:
+        """What the op reads and writes here."""
+        mask = ("mask",) * bool(self.mask)
+        dmask = ("dmask",) * (op == "sdpa_bwd" and bool(self.mask) and not self.boolean)
+        return (*READS[op], *mask, *WRITES[op], *dmask)
 
     def __str__(self) -> str:
         sizes = f"n{self.N}h{self.Hq}g{self.Hkv}q{self.Lq}k{self.Lkv}d{self.D}v{self.Dv}"
@@ -137,14 +152,16 @@ def native_sdpa(native: Any, case: SdpaCase, dtype: str) -> Any:
     options["B"] = options.pop("N")
     kind = "none" if not case.mask else "boolean" if case.boolean else "additive"
     every = [strides[name] for name in ("q", "k", "v", "out", "mask")]
-    return native.SdpaProblem(dtype=dtype, scale=case.factor, mask_kind=kind, key=KEY, strides=every, **options)
+    gradients = [strides[name] for name in ("dout", "dq", "dk", "dv")]
+    options |= {"strides": every, "gradient_strides": gradients}
+    return native.SdpaProblem(dtype=dtype, scale=case.factor, mask_kind=kind, key=KEY, **options)
 
 
 def sdpa_inputs(op: str, case: SdpaCase, values: fill.Fill) -> Arrays:
     """Logical arrays of what the op reads. Elements that a layout repeats are repeated."""
     shapes = case.shapes
     inputs: Arrays = {}
-    for name in (*ROLES[op][0], *(["mask"] if case.mask else [])):
+    for name in ("q", "k", "v", *(["mask"] if case.mask else []), *(["dout", "dlse"] if op == "sdpa_bwd" else [])):
         shape, layout = shapes[name]
         steps = strides_of(shape, layout)[0]
         data = (fill.normal if name == "mask" else values)(f"{case}{name}", shape)
@@ -153,6 +170,9 @@ def sdpa_inputs(op: str, case: SdpaCase, values: fill.Fill) -> Arrays:
             hidden = (data < -0.7) | ((np.arange(case.Lq) % 4 == 3)[:, None] & ("q" in case.mask))
             data = ~hidden if case.boolean else np.where(hidden, -np.inf, data)
         inputs[name] = np.broadcast_to(data[tuple(slice(None if step else 1) for step in steps)], shape)
+    if op == "sdpa_bwd":
+        a = reference.sdpa(inputs["q"], inputs["k"], inputs["v"], inputs.get("mask"), **_options(case))
+        inputs |= {"out": a.out, "lse": a.lse[..., None]}
     return inputs
 
 
@@ -160,34 +180,109 @@ def _options(case: SdpaCase) -> dict[str, Any]:
     return {"scale": case.factor, "band": case.band, "softcap": case.softcap, "dropout": (case.dropout, KEY)}
 
 
-def sdpa_truth(op: str, case: SdpaCase, inputs: Arrays) -> tuple[Arrays, Callable[[str, np.dtype[Any]], Array]]:
-    """The expected outputs, and the error allowed to each.
+Allowed = Callable[[str, np.dtype[Any]], Array]
 
-    To first order in eps: a score is off by tolerance.bound of its products, its mask and its cap, a weight by that, relative to
-    itself, and by as much again on average over its row, which is the error of lse, plus 8 eps for exp, the sum and the division.
+
+@dataclass
+class _Errors:
+    """What rounding does to scores and weights, to first order in eps.
+
+    A score is off by tolerance.bound of its products, its mask and its cap; a weight by that, relative to itself, and by the
+    error of lse, which is the average of that over its row and a rounding of its own. Weights below the smallest normal
+    number are 0.
     """
-    (q, k, v), mask = (inputs[name] for name in ("q", "k", "v")), inputs.get("mask")
-    a = reference.sdpa(q, k, v, mask, **_options(case))
-    group = case.Hq // case.Hkv
-    sizes = abs(case.factor) * (np.abs(q) @ np.repeat(np.abs(k), group, 1).swapaxes(2, 3)) + case.softcap
-    if mask is not None and not case.boolean:
-        sizes = sizes + np.abs(np.where(np.isinf(mask), 0, mask))
+
+    case: SdpaCase
+    inputs: Arrays
+    a: reference.Attention
+
+    @cached_property
+    def sizes(self) -> Array:
+        """Of what is summed to a score."""
+        mask = self.inputs.get("mask")
+        products: Array = np.abs(self.inputs["q"]) @ self.shared(np.abs(self.inputs["k"])).swapaxes(2, 3)
+        sizes = abs(self.case.factor) * products + self.case.softcap
+        return sizes if mask is None or self.case.boolean else sizes + np.abs(np.where(np.isinf(mask), 0, mask))
+
+    def shared(self, x: Array) -> Array:
+        return np.repeat(x, self.case.Hq // self.case.Hkv, 1)
+
+    def gathered(self, x: Array) -> Array:
+        """The sum over the heads that share one of keys and values."""
+        total: Array = x.reshape(x.shape[0], self.case.Hkv, self.case.Hq // self.case.Hkv, *x.shape[2:]).sum(axis=2)
+        return total
+
+    @cached_property
+    def factors(self) -> Array | float:
+        case = self.case
+        return reference.dropout_factors(self.a.weights.shape, case.dropout, KEY) if case.dropout else 1.0
+
+    def lse(self, dtype: np.dtype[Any]) -> Array:
+        average = (self.a.weights * tolerance.bound(self.sizes, dtype)).sum(axis=3, keepdims=True)
+        finite = np.where(np.isinf(self.a.lse), 0.0, self.a.lse)[..., None]
+        total: Array = average + 4 * tolerance.eps(dtype) * (np.abs(finite) + 1)
+        return total
+
+    def weights(self, dtype: np.dtype[Any]) -> Array:
+        """Relative, with 8 eps for exp, the sum and the division, and the rounding of the sum that the weight goes into."""
+        eps = tolerance.eps(dtype)
+        return tolerance.bound(self.sizes + 1, dtype) + self.lse(dtype) + 8 * eps
+
+
+def sdpa_truth(op: str, case: SdpaCase, inputs: Arrays) -> tuple[Arrays, Allowed]:
+    """The expected outputs, and the error allowed to each."""
+    q, k, v, mask = inputs["q"], inputs["k"], inputs["v"], inputs.get("mask")
+    errors = _Errors(case, inputs, reference.sdpa(q, k, v, mask, **_options(case)))
+    if op == "sdpa_bwd":
+        return _gradient_truth(case, inputs, errors)
+    a = errors.a
 
     def allowed(name: str, dtype: np.dtype[Any]) -> Array:
-        scores = tolerance.bound(sizes, dtype)
-        average = (a.weights * scores).sum(axis=3)
-        least = float(np.finfo(dtype).tiny)
         if name == "lse":
-            finite = np.where(np.isinf(a.lse), 0.0, a.lse)
-            rounding: Array = (average + 4 * tolerance.eps(dtype) * (np.abs(finite) + 1))[..., None]
-            return rounding
-        relative = scores + average[..., None] + 8 * tolerance.eps(dtype) + tolerance.bound(np.ones_like(scores), dtype)
-        kept = reference.dropout_factors(a.weights.shape, case.dropout, KEY) if case.dropout else 1.0
-        values = np.repeat(np.abs(v), group, 1)
-        result: Array = (a.weights * kept * relative + least) @ values + least
+            return errors.lse(dtype)
+        least = float(np.finfo(dtype).tiny)
+        result: Array = (a.weights * errors.factors * errors.weights(dtype) + least) @ errors.shared(np.abs(v)) + least
         return result
 
     return {"out": a.out, "lse": a.lse[..., None]}, allowed
+
+
+def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Arrays, Allowed]:
+    """ds = p (dp - delta): the error of p, and those of dp and delta, which are sums of products with dout."""
+    q, k, v, dout = inputs["q"], inputs["k"], inputs["v"], inputs["dout"]
+    dlse = inputs["dlse"][..., 0]
+    gradients = reference.sdpa_bwd(dout, q, k, v, inputs.get("mask"), dlse, **_options(case))
+    a, factors = errors.a, errors.factors
+    dp = (dout @ errors.shared(v).swapaxes(2, 3)) * factors
+    dp_sizes = (np.abs(dout) @ errors.shared(np.abs(v)).swapaxes(2, 3)) * factors
+    delta = (dout * a.out).sum(axis=3) - dlse
+    delta_sizes = (np.abs(dout) * np.abs(a.out)).sum(axis=3) + np.abs(dlse)
+
+    def allowed(name: str, dtype: np.dtype[Any]) -> Array:
+        least = float(np.finfo(dtype).tiny)
+        relative = errors.weights(dtype)
+        slope = np.abs(dp - delta[..., None])
+        size = a.weights * slope
+        ds: Array = (
+            size * relative
+            + least * slope
+            + a.weights * tolerance.bound(dp_sizes + delta_sizes[..., None], dtype)
+            + least
+        )
+        if name == "dmask":
+            return ds
+        if name == "dv":
+            dropped = a.weights * factors * relative + least
+            return errors.gathered(dropped.swapaxes(2, 3) @ np.abs(dout)) + least
+        ds = abs(case.factor) * (ds + tolerance.bound(size, dtype))
+        if case.softcap:
+            ds = ds + abs(case.factor) * tolerance.bound(size, dtype)
+        by_key: Array = (
+            errors.gathered(ds.swapaxes(2, 3) @ np.abs(q)) if name == "dk" else ds @ errors.shared(np.abs(k))
+        )
+        return by_key + least
+
+    return dict(zip(("dq", "dk", "dv", "dmask"), gradients, strict=True)), allowed
 
 
 def _grid() -> Iterator[SdpaCase]:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from fastconv import _native, reference
 from fastconv.testing import fill, grids, tolerance
-from fastconv.testing.attention import ROLES as SDPA_ROLES
 from fastconv.testing.attention import SdpaCase, native_sdpa, sdpa_inputs, sdpa_truth
 from fastconv.testing.buffers import CANARY, Block, Operand, Place, strides_of
 from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
@@ -227,8 +226,8 @@ def run(
     if isinstance(case, ConvCase):
         plan.run_conv2d(*(address.get(name, 0) for name in ("x", "w", "bias", "residual", "y")), scratch_address)
     elif isinstance(case, SdpaCase):
-        names = ("q", "k", "v", "mask", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "dmask")
-        plan.run_sdpa([address.get(name, 0) for name in names], scratch_address)
+        every = ("q", "k", "v", "mask", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "dmask")
+        plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
     else:
         plan.run_pool2d(*(address.get(name, 0) for name in ("x", "y", "indices")), scratch_address)
     memories: dict[str, Operand | Block] = {**operands, "workspace": workspace}
@@ -250,9 +249,8 @@ def run(
 def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> dict[str, Operand]:
     kind = NUMPY_DTYPES[dtype]
     if isinstance(case, SdpaCase):
-        names = [*(name for roles in SDPA_ROLES[op] for name in roles), *(["mask"] if case.mask else [])]
-        kinds = dict.fromkeys(names, kind) | ({"mask": np.dtype(np.bool_)} if case.boolean else {})
-        return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, inputs.get(n)) for n in names}
+        kinds = dict.fromkeys(case.operands(op), kind) | ({"mask": np.dtype(np.bool_)} if case.boolean else {})
+        return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, inputs.get(n)) for n in kinds}
     x_format, w_format, y_format = LAYOUTS[case.layout]
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any], str]] = {
         "x": (case.x_shape, kind, x_format),
