@@ -127,9 +127,11 @@ def scaled_dot_product_attention(
     )
     if options.softcap < 0:
         raise RuntimeError(f"{_OP}: softcap has to be positive, but got {softcap}")
-    out, lse = ops.sdpa(heads.q, heads.k, heads.v, heads.mask(mask, query.dtype), options)
-    out = heads.undo(out)
-    return (out, heads.undo(lse)) if return_lse else out
+    whole = heads.mask(mask, query.dtype)
+    if not return_lse:
+        return heads.undo(ops.sdpa_out(heads.q, heads.k, heads.v, whole, options))
+    out, lse = ops.sdpa(heads.q, heads.k, heads.v, whole, options)
+    return heads.undo(out), heads.undo(lse)
 
 
 def _tensors(query: Any, key: Any, value: Any, mask: Any) -> dict[str, Tensor | None]:

@@ -107,7 +107,7 @@ void dot_products(const ScoreTile<T>& tile, int64_t features) {
 template <class T>
 void multiply(int64_t rows, int64_t width, const Product<T>& product, bool accumulate) {
   using Tile = AttentionTile<T>;
-  const EvenSplit columns(width / kLanes<T>, Tile::kVectors), tiles(rows, Tile::kRows);
+  const Parts columns(width / kLanes<T>, Tile::kVectors), tiles(rows, Tile::kRows);
   for (int64_t part = 0; part < columns.parts; ++part) {
     const int64_t column = columns.begin(part) * kLanes<T>;
     const int vectors = int(columns.size(part));

@@ -42,6 +42,15 @@ FC_INLINE int64_t segment_count(const SdpaProblem& a) {
   return (a.Lkv + keys - 1) / keys;
 }
 
+// EvenSplit for inner loops: the larger parts come first, and only the constructor divides (40 cycles for 64 bits).
+struct Parts {
+  int64_t parts, least, larger;
+  FC_INLINE Parts(int64_t count, int64_t most)
+      : parts((count + most - 1) / most), least(parts ? uint32_t(count) / uint32_t(parts) : 0), larger(count - parts * least) {}
+  FC_INLINE int64_t begin(int64_t part) const { return part * least + (part < larger ? part : larger); }
+  FC_INLINE int64_t size(int64_t part) const { return least + (part < larger); }
+};
+
 struct KeyRange {
   int64_t begin, end;  // empty when end <= begin
   FC_INLINE bool empty() const { return end <= begin; }
@@ -95,7 +104,7 @@ struct ScoreTile {
   UnitRows rows;
   int64_t first_key;  // of the block
   KeyRange keys;      // those that some row sees, counted from first_key
-  const T* q;         // [rows][q_step], packed by pack_queries
+  const T* q;         // [rows][q_step], as pack_queries lays them
   int64_t q_step;
   const T* k;  // [panel][D][kPanel]
   T* s;        // [rows][s_step]

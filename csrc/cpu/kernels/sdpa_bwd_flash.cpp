@@ -15,13 +15,13 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// --- tile: 128 queries x 128 keys. p and ds take 144 KB, the keys and values in all their forms 96 KB and their gradients 64 KB
-// at 64 features, twice that at 128: within an L2 of 1 MB (AVX-512, float).
+// --- tile: 96 queries x 192 keys, which are whole tiles of 6 both ways. p and ds take 160 KB, the keys and values in all their
+// forms 147 KB and their gradients 98 KB at 64 features, the last two twice that at 128: within an L2 of 1 MB (AVX-512, float).
 template <class T>
 struct Block {
-  static constexpr int64_t kRows = 128;
-  static constexpr int64_t kKeys = 128 / AttentionTile<T>::kPanel * AttentionTile<T>::kPanel;
-  // dk and dv read a column of p: 512 bytes from row to row would put all of it into an eighth of the L1.
+  static constexpr int64_t kRows = 96;
+  static constexpr int64_t kKeys = 192 / AttentionTile<T>::kPanel * AttentionTile<T>::kPanel;
+  // dk and dv read a column of p: 768 bytes from row to row would put all of it into a quarter of the L1.
   static constexpr int64_t kLine = kKeys + kLanes<T>;
 };
 
@@ -136,7 +136,7 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
              const Schedule<T>& schedule) {
   using B = Block<T>;
   constexpr int64_t kL = kLanes<T>;
-  const EvenSplit tiles(at.rows.count, AttentionTile<T>::kRows);
+  const Parts tiles(at.rows.count, AttentionTile<T>::kRows);
   const KeyRange used{at.seen.begin / kL * kL, round_up(at.seen.end, kL)};
   for (int64_t t = 0; t < tiles.parts; ++t) {
     const int64_t row = tiles.begin(t), rows = tiles.size(t);

@@ -9,7 +9,7 @@
 // docs/kernels/attention.md has the arithmetic. (Milakov, Gimelshein 2018; Dao et al. 2022.)
 #include "cpu/blocks/attention.h"
 #include "cpu/blocks/dropout.h"
-#include "cpu/blocks/exp2.h"
+#include "cpu/blocks/online_softmax.h"
 #include "cpu/blocks/parallel.h"
 
 namespace fastconv::FASTCONV_TARGET {
@@ -25,8 +25,12 @@ int64_t most_rows(const SdpaProblem& a, const Machine& machine) {
   return rows < kFewRows ? kFewRows : rows < kMostRows ? rows : kMostRows;
 }
 
+// Packing keys takes 4 % of the products of a chunk at 128 features: those of a whole head are kept for its other chunks, as long
+// as they are no more than what streams from the L3 anyway.
 template <class T>
-constexpr T kInfinity = T(__builtin_inf());
+FC_INLINE bool keeps_keys(const SdpaProblem& a) {
+  return a.Lkv * a.D * int64_t(sizeof(T)) <= 2 * 1024 * 1024;
+}
 
 // How a call is cut up. Nothing that is summed depends on it.
 template <class T>
@@ -46,98 +50,23 @@ struct Schedule {
   FC_INLINE EvenSplit cut() const { return EvenSplit(rows, (rows + chunks - 1) / chunks); }
 };
 
-// What is known of a row after some of the keys: out * sum(sums) is the sum of exp2(score - most) * v.
-template <class T>
-struct State {
-  T *out, *sums, *most;  // [rows][width], [rows][lanes], [rows]
-
-  FC_INLINE State(Arena& arena, int64_t rows, int64_t width)
-      : out(arena.take<T>(rows * width)), sums(arena.take<T>(rows * kLanes<T>)), most(arena.take<T>(rows)) {}
-};
-
 template <class T>
 struct Scratch {
   T *q, *k, *v, *s;
-  uint8_t* started;  // of each tile of queries
+  uint8_t *started, *packed;  // of each tile of queries, of each block of keys
 
   FC_INLINE Scratch(Arena& arena, const SdpaProblem& a, int64_t rows, int64_t width) {
     using Tile = AttentionTile<T>;
     q = arena.take<T>(rows * round_up(a.D, kLanes<T>));
-    k = arena.take<T>(block_keys<T>(a) * a.D);
+    k = arena.take<T>(keeps_keys<T>(a) ? round_up(a.Lkv, Tile::kPanel) * a.D : block_keys<T>(a) * a.D);
     v = arena.take<T>(block_keys<T>(a) * width);
     s = arena.take<T>(Tile::kRows * Tile::kKeys);
     started = arena.take<uint8_t>(rows);
+    packed = arena.take<uint8_t>(a.Lkv / block_keys<T>(a) + 1);
   }
 };
 
-// --- multiply: exp2 of the scores in place, their sum, and what was there before brought to the new maximum.
-template <class T>
-FC_INLINE T row_max(const T* s, int64_t begin, int64_t end) {
-  constexpr int64_t kL = kLanes<T>;
-  vec<T> most = set1(-kInfinity<T>), most2 = most;
-  int64_t j = begin;
-  for (; j + 2 * kL <= end; j += 2 * kL) {
-    most = max(load(s + j), most);
-    most2 = max(load(s + j + kL), most2);
-  }
-  return reduce_max(j < end ? max(load(s + j), max(most, most2)) : max(most, most2));
-}
-
-template <class T, class Exp>
-FC_INLINE vec<T> exponentiate(T* s, int64_t begin, int64_t end, const Exp& exp2) {
-  constexpr int64_t kL = kLanes<T>;
-  vec<T> sum = zero<T>();
-  int64_t j = begin;
-  for (; j + 2 * kL <= end; j += 2 * kL) {
-    const vec<T> p = exp2(load(s + j)), p2 = exp2(load(s + j + kL));
-    store(s + j, p);
-    store(s + j + kL, p2);
-    sum = sum + p + p2;
-  }
-  if (j < end) {
-    const vec<T> p = exp2(load(s + j));
-    store(s + j, p);
-    sum = sum + p;
-  }
-  return sum;
-}
-
-template <class T>
-FC_INLINE void weigh(int64_t rows, T* s, int64_t begin, int64_t end, T factor, const State<T>& state, int64_t width) {
-  using Tile = AttentionTile<T>;
-  constexpr int64_t kL = kLanes<T>, kRows = (Tile::kRows + kL - 1) / kL * kL;
-  T top[kRows] = {}, rest[kRows], base[kRows], shrink[kRows];
-  for (int64_t m = 0; m < rows; ++m) top[m] = row_max(s + m * Tile::kKeys, begin, end);
-  for (int64_t m = 0; m < rows; m += kL) {
-    const int n = int(rows - m < kL ? rows - m : kL);
-    // Rounded to an integer, which saves two operations for every weight: none is above sqrt(2) all the same.
-    const vec<T> mine = round(load(top + m) * set1(factor));
-    const vec<T> before = load(state.most + m, n), peak = max(mine, before);
-    store(state.most + m, peak, n);
-    // Where nothing is visible yet: -inf - 0, and not -inf + inf.
-    const vec<T> zeroed = blend(greater(peak, set1(-kInfinity<T>)), peak, zero<T>());
-    store(base + m, zeroed);
-    store(rest + m, mine - zeroed);
-    store(shrink + m, exp2_weight(before - zeroed));
-  }
-  const T inverse = 1 / factor;
-  for (int64_t m = 0; m < rows; ++m) {
-    T *const sums = state.sums + m * kL, *const out = state.out + m * width, *const row = s + m * Tile::kKeys;
-    if (shrink[m] != 1) {
-      for (int64_t c = 0; c < width; c += kL) store(out + c, load(out + c) * set1(shrink[m]));
-    }
-    vec<T> sum;
-    if (Exp2<T>::fits(base[m])) {
-      sum = exponentiate(row, begin, end, Exp2<T>(factor, inverse, base[m]));
-    } else {
-      // Scores of millions, whose products differ by more than their roundings: what is left of the largest is exactly 0.
-      const vec<T> largest = set1(top[m] == -kInfinity<T> ? T(0) : top[m]), below = set1(rest[m]);
-      sum = exponentiate(row, begin, end, [&](vec<T> x) { return exp2_weight(fma(x - largest, set1(factor), below)); });
-    }
-    store(sums, fma(load(sums), set1(shrink[m]), sum));
-  }
-}
-
+// --- multiply
 template <class T>
 FC_INLINE bool all_finite(const T* p, int64_t count) {
   vec<T> sum = zero<T>();  // 0 * x is NaN for an infinity and for NaN, and stays so
@@ -155,7 +84,7 @@ struct Values {
 
 template <class T>
 FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<T>& at, const Values<T>& values, int64_t width,
-                    State<T> state, bool started) {
+                    SoftmaxRows<T> state, bool started) {
   constexpr int64_t kL = kLanes<T>;
   const T factor = scores<T>(a, args.mask, at);
   const int64_t rows = at.rows.count, begin = at.keys.begin / kL * kL, end = round_up(at.keys.end, kL);
@@ -190,39 +119,47 @@ FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<
 
 // A chunk of queries against one segment of keys, from nothing.
 template <class T>
-void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chunk, int64_t segment, const Scratch<T>& scratch,
-                 const State<T>& state) {
+void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chunk, int64_t segment, const T* q,
+                 const Scratch<T>& scratch, const SoftmaxRows<T>& state) {
   using Tile = AttentionTile<T>;
   const int64_t q_width = round_up(a.D, kLanes<T>), width = round_up(a.Dv, kLanes<T>), block = block_keys<T>(a),
                 segment_size = segment_keys<T>(a);
-  const EvenSplit tiles(chunk.count, Tile::kRows);
+  const Parts tiles(chunk.count, Tile::kRows);
   const KeyRange all = meet(visible_keys(a, chunk.first, chunk.count), {segment * segment_size, (segment + 1) * segment_size});
   for (int64_t t = 0; t < tiles.parts; ++t) scratch.started[t] = 0;
-  // A few queries need no copy of the values.
-  const bool in_place = tiles.parts == 1 && a.v.d == 1 && a.Dv % kLanes<T> == 0 && !is_banded(a);
+  // Rows that lie as packing would lay them need no copy, and neither do values that a few queries read once.
+  const bool rows_of_vectors = a.v.d == 1 && a.Dv % kLanes<T> == 0;
+  const bool in_place = rows_of_vectors && (a.v.l == a.Dv || (tiles.parts == 1 && !is_banded(a)));
 
+  const bool keeps = keeps_keys<T>(a);
   for (int64_t first = all.begin / block * block; first < all.end; first += block) {
     const int64_t count = a.Lkv - first < block ? a.Lkv - first : block;
     const KeyRange seen = meet({all.begin - first, all.end - first}, {0, count});
-    pack_panels<T>(at<T>(args.k, a.k, chunk.b, chunk.hkv, first), a.k, count, a.D, seen, scratch.k);
+    T* const panels = scratch.k + (keeps ? first * a.D : 0);
+    uint8_t& packed = scratch.packed[keeps ? first / block : 0];
+    if (!keeps || !packed) {
+      pack_panels<T>(at<T>(args.k, a.k, chunk.b, chunk.hkv, first), a.k, count, a.D, keeps ? KeyRange{0, count} : seen, panels);
+      packed = 1;
+    }
     Values<T> values{at<T>(args.v, a.v, chunk.b, chunk.hkv, first), a.v.l, false};
     if (!in_place) {
       pack_rows<T>(values.v + seen.begin * a.v.l, a.v, seen.end - seen.begin, a.Dv, width, scratch.v + seen.begin * width);
-      values = {scratch.v, width, is_banded(a) && !all_finite(scratch.v + seen.begin * width, (seen.end - seen.begin) * width)};
+      values = {scratch.v, width, false};
     }
+    values.exact = is_banded(a) && !all_finite(values.v + seen.begin * width, (seen.end - seen.begin) * width);
     for (int64_t t = 0; t < tiles.parts; ++t) {
       const int64_t row = tiles.begin(t), rows = tiles.size(t);
       KeyRange keys = visible_keys(a, chunk.first + row, rows);
       keys = meet({keys.begin - first, keys.end - first}, seen);
       if (keys.empty()) continue;
-      State<T> rest = state;
+      SoftmaxRows<T> rest = state;
       rest.out += row * width, rest.sums += row * kLanes<T>, rest.most += row;
       const ScoreTile<T> scores{{chunk.b, chunk.hkv, chunk.first + row, rows},
                                 first,
                                 keys,
-                                scratch.q + row * q_width,
+                                q + row * q_width,
                                 q_width,
-                                scratch.k,
+                                panels,
                                 scratch.s,
                                 Tile::kKeys,
                                 nullptr};
@@ -240,26 +177,10 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
   }
 }
 
-// Segments are added up one after the other: total += next.
 template <class T>
-void add_segment(const State<T>& total, const State<T>& next, int64_t rows, int64_t width) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T peak = total.most[r] > next.most[r] ? total.most[r] : next.most[r];
-    if (peak == -kInfinity<T>) continue;
-    const vec<T> mine = set1(exp2_weight(total.most[r] - peak)), theirs = set1(exp2_weight(next.most[r] - peak));
-    T *sums = total.sums + r * kLanes<T>, *out = total.out + r * width;
-    store(sums, fma(load(next.sums + r * kLanes<T>), theirs, load(sums) * mine));
-    for (int64_t c = 0; c < width; c += kLanes<T>) {
-      store(out + c, fma(load(next.out + r * width + c), theirs, load(out + c) * mine));
-    }
-    total.most[r] = peak;
-  }
-}
-
-template <class T>
-void finish(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chunk, const State<T>& state, int64_t width) {
-  for (int64_t r = 0; r < chunk.count; ++r) {
-    const QueryRow row = query_row(a, chunk.hkv, chunk.first + r);
+void finish(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chunk, const SoftmaxRows<T>& state, int64_t width) {
+  QueryRow row = query_row(a, chunk.hkv, chunk.first);
+  for (int64_t r = 0; r < chunk.count; ++r, advance(a, row)) {
     const T sum = reduce_add(load(state.sums + r * kLanes<T>));
     T* out = at<T>(args.out, a.out, chunk.b, row.h, row.i);
     for (int64_t c = 0; c < a.Dv; c += kLanes<T>) {
@@ -297,7 +218,7 @@ struct Memory {
     const int64_t rows = schedule.cut().largest();
     Arena scratch_arena(nullptr), state_arena(nullptr);
     const Scratch<T> s(scratch_arena, a, rows, schedule.width);
-    const State<T> t(state_arena, rows, schedule.width);
+    const SoftmaxRows<T> t(state_arena, rows, schedule.width);
     (void)s, (void)t;
     scratch = scratch_arena.used(), state = state_arena.used();
   }
@@ -317,22 +238,30 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   };
   const auto state_at = [&](int64_t place) {
     Arena arena(states + place * memory.state);
-    return State<T>(arena, largest, schedule.width);
+    return SoftmaxRows<T>(arena, largest, schedule.width);
   };
-  const auto start = [&](const UnitRows& chunk, const Scratch<T>& scratch) {
-    pack_queries<T>(a, chunk, args.q, round_up(a.D, kLanes<T>), scratch.q);
+  // Packed, or where they lie if that is the same.
+  const int64_t q_width = round_up(a.D, kLanes<T>);
+  const bool packed =
+      a.q.d == 1 && a.q.l == q_width && a.D == q_width && a.scale >= 0 && (a.Hq == a.Hkv || a.q.h == a.Lq * q_width);
+  const auto queries = [&](const UnitRows& chunk, const Scratch<T>& scratch, bool first) -> const T* {
+    if (first) __builtin_memset(scratch.packed, 0, size_t(a.Lkv / block_keys<T>(a) + 1));
+    const QueryRow row = query_row(a, chunk.hkv, chunk.first);
+    if (packed) return at<T>(args.q, a.q, chunk.b, row.h, row.i);
+    pack_queries<T>(a, chunk, args.q, q_width, scratch.q);
+    return scratch.q;
   };
 
   if (!schedule.split) {
     parallel_ranges(context, tasks, [&](int thread, int64_t begin, int64_t end) {
       const Scratch<T> scratch = scratch_of(thread);
-      const State<T> total = state_at(2 * thread), next = state_at(2 * thread + 1);
+      const SoftmaxRows<T> total = state_at(2 * thread), next = state_at(2 * thread + 1);
       for (int64_t task = begin; task < end; ++task) {
         const UnitRows chunk = chunk_at(a, schedule, task);
-        start(chunk, scratch);
-        run_segment(a, args, chunk, 0, scratch, total);
+        const T* const q = queries(chunk, scratch, task == begin || task % schedule.cut().parts == 0);
+        run_segment(a, args, chunk, 0, q, scratch, total);
         for (int64_t segment = 1; segment < schedule.segments; ++segment) {
-          run_segment(a, args, chunk, segment, scratch, next);
+          run_segment(a, args, chunk, segment, q, scratch, next);
           add_segment(total, next, chunk.count, schedule.width);
         }
         finish(a, args, chunk, total, schedule.width);
@@ -344,14 +273,14 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
     const Scratch<T> scratch = scratch_of(thread);
     for (int64_t place = begin; place < end; ++place) {
       const UnitRows chunk = chunk_at(a, schedule, place / schedule.segments);
-      start(chunk, scratch);
-      run_segment(a, args, chunk, place % schedule.segments, scratch, state_at(place));
+      const T* const q = queries(chunk, scratch, true);
+      run_segment(a, args, chunk, place % schedule.segments, q, scratch, state_at(place));
     }
   });
   parallel_ranges(context, tasks, [&](int, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const UnitRows chunk = chunk_at(a, schedule, task);
-      const State<T> total = state_at(task * schedule.segments);
+      const SoftmaxRows<T> total = state_at(task * schedule.segments);
       for (int64_t segment = 1; segment < schedule.segments; ++segment) {
         add_segment(total, state_at(task * schedule.segments + segment), chunk.count, schedule.width);
       }

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from .. import plan
 from . import _sdpa_composed as composed
 from ._conv2d_kernels import TAGS, library
-from ._dispatch import DTYPES, check_operands, check_shape
+from ._dispatch import DTYPES, KERNEL, check_operands, check_shape, way
 from .autograd import call, derive, run
 
 Context: TypeAlias = Any
@@ -86,15 +86,18 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _fwd(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *options: Any) -> tuple[Tensor, Tensor]:
-    mask = _expanded(mask, q, k)
-    out, lse = _output(q, v), q.new_empty(q.shape[:3])
-    made = _find("sdpa_fwd", Options(*options), {"q": q, "k": k, "v": v, "mask": mask, "out": out})
+    lse = q.new_empty(q.shape[:3])
+    return _run(q, k, v, mask, Options(*options), lse), lse
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options, lse: MaybeTensor) -> Tensor:
+    mask, out = _expanded(mask, q, k), _output(q, v)
+    made = _find("sdpa_fwd", options, {"q": q, "k": k, "v": v, "mask": mask, "out": out})
     if made is not None:
-        address = 0 if mask is None else mask.data_ptr()
-        made.execute(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), address, out.data_ptr(), lse.data_ptr(), 0, 0, 0, 0, 0, 0
-        )
-    return out, lse
+        optional = [0 if t is None else t.data_ptr() for t in (mask, lse)]
+        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), optional[0], out.data_ptr(), optional[1]
+        made.execute(*addresses, 0, 0, 0, 0, 0, 0)
+    return out
 
 
 def _bwd(
@@ -307,4 +310,15 @@ derive("sdpa_bwd", _SdpaBackward, _SdpaBackward.vmap, library)
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> tuple[Tensor, Tensor]:
     """The outputs (B, Hq, Lq, Dv) and their log-sum-exp (B, Hq, Lq), on checked arguments."""
+    return _sdpa(q, k, v, mask, options)
+
+
+def sdpa_out(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> Tensor:
+    """The outputs alone: where no derivative needs the log-sum-exp, its logarithms are not taken."""
+    if way(q, k, v, mask) is KERNEL:
+        return _run(q, k, v, mask, options, None)
+    return _sdpa(q, k, v, mask, options)[0]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> tuple[Tensor, Tensor]:
     return call(_Sdpa, _fwd, _ops.sdpa_fwd, (q, k, v, mask), *options)  # type: ignore[no-any-return, arg-type]
