@@ -288,7 +288,7 @@ def test_what_is_left_alone_is_reported() -> None:
         "volume": "fastconv has no kernels for it",
         "attention.out_proj": "it is a subclass of Linear",
     }
-    assert report.swapped == {"Conv2d": 1}
+    assert report.swapped == {"Conv2d": 1, "MultiheadAttention": 1}
     assert type(model.hooked) is ours.Conv2d
     for name, reason in reasons.items():
         assert name in str(report)

@@ -98,8 +98,15 @@ void dot_products(const ScoreTile<T>& tile, int64_t features) {
       q[m] = tile.q + m * tile.q_step;
       s[m] = tile.s + m * tile.s_step + panel * Tile::kPanel;
     }
+    const T* k = tile.k + panel * features * Tile::kPanel;
+    if (tile.loose) {
+      const LooseKeys<T>& loose = *tile.loose;
+      const int64_t first = panel * Tile::kPanel;
+      pack_panels<T>(loose.source + first * loose.stride.l, loose.stride, loose.count - first, features, {0, 1}, loose.panel);
+      k = loose.panel;
+    }
     const ColumnPiece piece{0, int32_t(count * kL), 0, 1};
-    gemm_tile<T>(int(tile.rows.count), count, {q, 1, tile.k + panel * features * Tile::kPanel, Tile::kPanel, 1, features},
+    gemm_tile<T>(int(tile.rows.count), count, {q, 1, k, Tile::kPanel, 1, features},
                  {s, &piece, 1, false, false, Activation::none, nullptr, nullptr, nullptr, nullptr});
   }
 }

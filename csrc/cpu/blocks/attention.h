@@ -98,6 +98,15 @@ struct UnitRows {
   int64_t b, hkv, first, count;
 };
 
+// Keys as they lie, `count` of a block from `source` on.
+template <class T>
+struct LooseKeys {
+  const T* source;
+  SdpaStride stride;
+  int64_t count;
+  T* panel;  // [D][kPanel]: each is packed here when it is its turn, and is multiplied while it is in the L1
+};
+
 // At most AttentionTile::kRows rows against a block of keys.
 template <class T>
 struct ScoreTile {
@@ -109,7 +118,8 @@ struct ScoreTile {
   const T* k;  // [panel][D][kPanel]
   T* s;        // [rows][s_step]
   int64_t s_step;
-  T* slope;  // [rows][s_step]: what the softcap makes of a small change, where that is wanted
+  T* slope;                             // [rows][s_step]: what the softcap makes of a small change, where that is wanted
+  const LooseKeys<T>* loose = nullptr;  // in place of k, where no other tile reads these keys
 };
 
 // Fills s[m][j] for the whole vectors that cover `keys`, -inf where a query does not see a key. What is there times the returned

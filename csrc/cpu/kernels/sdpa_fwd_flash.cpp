@@ -28,7 +28,7 @@ int64_t most_rows(const SdpaProblem& a, const Machine& machine) {
 // Packing keys takes 4 % of the products of a chunk at 128 features: those of a whole head are kept for its other chunks, as long
 // as they are no more than what streams from the L3 anyway.
 template <class T>
-FC_INLINE bool keeps_keys(const SdpaProblem& a) {
+FC_INLINE bool fits_keys(const SdpaProblem& a) {
   return a.Lkv * a.D * int64_t(sizeof(T)) <= 2 * 1024 * 1024;
 }
 
@@ -54,11 +54,13 @@ template <class T>
 struct Scratch {
   T *q, *k, *v, *s;
   uint8_t *started, *packed;  // of each tile of queries, of each block of keys
+  bool keeps;                 // packed keys
 
   FC_INLINE Scratch(Arena& arena, const SdpaProblem& a, int64_t rows, int64_t width) {
     using Tile = AttentionTile<T>;
     q = arena.take<T>(rows * round_up(a.D, kLanes<T>));
-    k = arena.take<T>(keeps_keys<T>(a) ? round_up(a.Lkv, Tile::kPanel) * a.D : block_keys<T>(a) * a.D);
+    keeps = rows < unit_rows(a) && fits_keys<T>(a);
+    k = arena.take<T>(keeps ? round_up(a.Lkv, Tile::kPanel) * a.D : block_keys<T>(a) * a.D);
     v = arena.take<T>(block_keys<T>(a) * width);
     s = arena.take<T>(Tile::kRows * Tile::kKeys);
     started = arena.take<uint8_t>(rows);
@@ -131,15 +133,15 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
   const bool rows_of_vectors = a.v.d == 1 && a.Dv % kLanes<T> == 0;
   const bool in_place = rows_of_vectors && (a.v.l == a.Dv || (tiles.parts == 1 && !is_banded(a)));
 
-  const bool keeps = keeps_keys<T>(a);
   for (int64_t first = all.begin / block * block; first < all.end; first += block) {
     const int64_t count = a.Lkv - first < block ? a.Lkv - first : block;
     const KeyRange seen = meet({all.begin - first, all.end - first}, {0, count});
-    T* const panels = scratch.k + (keeps ? first * a.D : 0);
-    uint8_t& packed = scratch.packed[keeps ? first / block : 0];
-    if (!keeps || !packed) {
-      pack_panels<T>(at<T>(args.k, a.k, chunk.b, chunk.hkv, first), a.k, count, a.D, keeps ? KeyRange{0, count} : seen, panels);
-      packed = 1;
+    T* const panels = scratch.k + (scratch.keeps ? first * a.D : 0);
+    const LooseKeys<T> loose{at<T>(args.k, a.k, chunk.b, chunk.hkv, first), a.k, count, scratch.k};
+    const bool once = tiles.parts == 1 && !scratch.keeps;
+    if (!once && !(scratch.keeps && scratch.packed[first / block])) {
+      pack_panels<T>(loose.source, a.k, count, a.D, scratch.keeps ? KeyRange{0, count} : seen, panels);
+      scratch.packed[first / block] = 1;
     }
     Values<T> values{at<T>(args.v, a.v, chunk.b, chunk.hkv, first), a.v.l, false};
     if (!in_place) {
@@ -162,7 +164,8 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
                                 panels,
                                 scratch.s,
                                 Tile::kKeys,
-                                nullptr};
+                                nullptr,
+                                once ? &loose : nullptr};
       tile(a, args, scores, values, width, rest, scratch.started[t]);
       scratch.started[t] = 1;
     }
