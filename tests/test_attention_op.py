@@ -19,6 +19,8 @@ from torch.testing import assert_close
 import fastconv
 from fastconv import reference
 from fastconv.functional import scaled_dot_product_attention as sdpa
+from fastconv.testing import harness
+from fastconv.testing.attention import SdpaCase
 from fastconv.testing.tolerance import peer_bound
 
 OPS = torch.ops.fastconv
@@ -390,6 +392,17 @@ def test_half_precision_goes_to_torch_and_options_of_ours_do_not() -> None:
     assert sum(fastconv.fallback_counts().values()) == before + 1
     with pytest.raises(NotImplementedError, match="window"):
         sdpa(q, k, v, window=2)
+
+
+@pytest.mark.parametrize("op", ["sdpa_fwd", "sdpa_bwd"])
+@pytest.mark.parametrize("threads", [1, 16])
+def test_memory_grows_with_the_length_alone(op: str, threads: int) -> None:
+    """At 65536 keys scratch is some 16 gradients of the queries at most; the scores would be 1024."""
+    length = 1 << 16
+    case = SdpaCase(1, 1, 1, length, length, 64, 64)
+    scratch = harness.native().plan(op, harness.native_problem(case, "f32"), threads).workspace
+    operand = length * 64 * 4
+    assert scratch < (18 if threads > 1 else 3) * operand + threads * (4 << 20)
 
 
 def test_threads_and_batch_do_not_change_the_bits() -> None:

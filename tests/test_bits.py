@@ -140,7 +140,7 @@ def test_queries_keep_their_bits_among_others(kernel: str) -> None:
 def test_what_a_query_does_not_see_may_hold_anything(kernel: str) -> None:
     """Keys and values behind a causal edge or a boolean mask, as in a cache that is longer than what was written to it."""
     _, _, dtype, _ = kernel.split(".")
-    for text in ("n1h1g1q9k33d8v8-bhld+causal", "n1h2g1q30k300d8v24-blhd+lower", "n1h1g1q20k20d8v8-bhld+lower+window3"):
+    for text in ("n1h1g1q12k33d8v8-bhld+causal", "n1h2g1q30k32d8v24-blhd+lower", "n1h1g1q24k24d8v8-bhld+lower+window3"):
         case = parse(text)
         assert isinstance(case, SdpaCase)
         inputs = harness.make_inputs("sdpa_fwd", case)
