@@ -1,14 +1,18 @@
-// The module fastconv._C. The only file that knows Python; no algorithm in it. Tensors arrive as addresses: allocation, dtype and
-// device checks are Python's business (plan.py), so that no torch header is needed to build this.
+// The module fastconv._C; no algorithm in it. Only this file and csrc/eager know Python. Tensors arrive as addresses, and in
+// csrc/eager as Python objects that DLPack reads, so that no torch header is needed to build this.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 
 #include "core/machine_info.h"
 #include "core/parallel.h"
 #include "core/peak.h"
 #include "core/select.h"
+#include "eager/any_plan.h"
+#include "eager/calls.h"
+#include "eager/scratch.h"
 
 namespace py = pybind11;
 
@@ -49,51 +53,35 @@ T* address(uintptr_t value) {
   return reinterpret_cast<T*>(value);
 }
 
-// One plan for any kind of problem, so that Python holds a single class.
-class AnyPlan {
- public:
-  explicit AnyPlan(Plan<Conv2dProblem> plan) : plan_(std::move(plan)) {}
-  explicit AnyPlan(Plan<Pool2dProblem> plan) : plan_(std::move(plan)) {}
-  explicit AnyPlan(Plan<SdpaProblem> plan) : plan_(std::move(plan)) {}
+// Runs a plan in the given scratch, or in the thread's own.
+template <class Args>
+void run(const AnyPlan& plan, const Args& args, std::optional<uintptr_t> workspace) {
+  const Scratch scratch(workspace ? 0 : plan.workspace());
+  py::gil_scoped_release release;
+  plan.run(args, workspace ? address<void>(*workspace) : scratch.data());
+}
 
-  const std::string& kernel() const {
-    return std::visit([](const auto& plan) -> const std::string& { return plan.row->name; }, plan_);
-  }
-  int64_t workspace() const {
-    return std::visit([](const auto& plan) { return plan.workspace; }, plan_);
-  }
-  int threads() const {
-    return std::visit([](const auto& plan) { return plan.machine.threads; }, plan_);
-  }
+void run_conv2d(const AnyPlan& plan, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t residual, uintptr_t y,
+                std::optional<uintptr_t> workspace) {
+  run(plan, Conv2dArgs{address<void>(x), address<void>(w), address<void>(bias), address<void>(residual), address<void>(y)},
+      workspace);
+}
 
-  void run_conv2d(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t residual, uintptr_t y, uintptr_t workspace) const {
-    run(std::get<Plan<Conv2dProblem>>(plan_),
-        {address<void>(x), address<void>(w), address<void>(bias), address<void>(residual), address<void>(y)}, workspace);
-  }
-  void run_pool2d(uintptr_t x, uintptr_t y, uintptr_t indices, uintptr_t workspace) const {
-    run(std::get<Plan<Pool2dProblem>>(plan_), {address<void>(x), address<void>(y), address<int64_t>(indices)}, workspace);
-  }
-  // In the order of SdpaArgs, 0 for what is absent; the workspace comes last.
-  void run_sdpa(const std::array<uintptr_t, 12>& a, uintptr_t workspace) const {
-    const SdpaArgs args{address<void>(a[0]), address<void>(a[1]), address<void>(a[2]),  address<void>(a[3]),
-                        address<void>(a[4]), address<void>(a[5]), address<void>(a[6]),  address<void>(a[7]),
-                        address<void>(a[8]), address<void>(a[9]), address<void>(a[10]), address<void>(a[11])};
-    run(std::get<Plan<SdpaProblem>>(plan_), args, workspace);
-  }
+void run_pool2d(const AnyPlan& plan, uintptr_t x, uintptr_t y, uintptr_t indices, std::optional<uintptr_t> workspace) {
+  run(plan, Pool2dArgs{address<void>(x), address<void>(y), address<int64_t>(indices)}, workspace);
+}
 
- private:
-  template <class Problem>
-  static void run(const Plan<Problem>& plan, const typename Problem::Args& args, uintptr_t workspace) {
-    const Context context{&plan.machine, address<void>(workspace)};
-    py::gil_scoped_release release;
-    plan.kernel->run(plan.problem, args, context);
-  }
-
-  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>> plan_;
-};
+// In the order of SdpaArgs, 0 for what is absent.
+void run_sdpa(const AnyPlan& plan, const std::array<uintptr_t, 12>& a, std::optional<uintptr_t> workspace) {
+  run(plan,
+      SdpaArgs{address<void>(a[0]), address<void>(a[1]), address<void>(a[2]), address<void>(a[3]), address<void>(a[4]),
+               address<void>(a[5]), address<void>(a[6]), address<void>(a[7]), address<void>(a[8]), address<void>(a[9]),
+               address<void>(a[10]), address<void>(a[11])},
+      workspace);
+}
 
 template <class Problem>
-py::list explain(const std::string& op, const Problem& problem, int /*threads*/, const std::string& force, bool strict) {
+py::list explain(const std::string& op, const Problem& problem, const std::string& force, bool strict) {
   py::list table;
   for (const Candidate& candidate : candidates(op, problem, {force, strict})) {
     table.append(py::make_tuple(candidate.row->name, candidate.verdict, candidate.cost));
@@ -241,7 +229,7 @@ void bind_selection(py::module_& m) {
         return AnyPlan(choose(op, problem, threads, {force, strict}));
       },
       "op"_a, "problem"_a, "threads"_a, "force"_a = "", "strict"_a = false);
-  m.def("explain", &explain<Problem>, "op"_a, "problem"_a, "threads"_a, "force"_a = "", "strict"_a = false);
+  m.def("explain", &explain<Problem>, "op"_a, "problem"_a, "force"_a = "", "strict"_a = false);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -262,12 +250,16 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("kernel", &AnyPlan::kernel)
       .def_property_readonly("workspace", &AnyPlan::workspace)
       .def_property_readonly("threads", &AnyPlan::threads)
-      .def("run_conv2d", &AnyPlan::run_conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "y"_a, "workspace"_a)
-      .def("run_pool2d", &AnyPlan::run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a)
-      .def("run_sdpa", &AnyPlan::run_sdpa, "addresses"_a, "workspace"_a);
+      .def("run_conv2d", &run_conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "y"_a, "workspace"_a = py::none())
+      .def("run_pool2d", &run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a = py::none())
+      .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none());
+  if (!add_eager_calls(m.ptr())) throw py::error_already_set();
   m.def("kernels", &kernels);
   m.def("machine", &machine);
   m.def("build", &build);
+  // The address of this thread's scratch, for tests: good until the next call on the thread, and no longer at all beyond what
+  // a thread keeps.
+  m.def("scratch", [](int64_t bytes) { return reinterpret_cast<uintptr_t>(Scratch(bytes).data()); }, "bytes"_a);
   m.def("set_isa_limit", &set_isa_limit, "name"_a);
   m.def("fma_peak", &fma_peak, "target"_a, "dtype"_a, "threads"_a, "seconds"_a, py::call_guard<py::gil_scoped_release>());
 }

@@ -372,12 +372,14 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_whole_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for extra in ([], ["--train"]):
+    for extra in ([], ["--train"], ["--fuse"]):
         path = tmp_path / "model.json"
         assert main(["model", "lenet5", "--batch", "2", "--json", str(path), *extra, *QUICK_WORDS]) == 0
         found = json.loads(path.read_text())
         assert schema.problems(found) == []
         assert {e["status"] for match in found["results"] for e in match["contestants"]} <= {"ok", "noisy"}
+        repro = found["results"][0]["repro"]
+        assert all(word in repro for word in extra)
     assert "model train f32" in capsys.readouterr().out
 
 
@@ -427,6 +429,8 @@ def test_paths_are_cut(text: str, clean: str) -> None:
     [
         (["resnet51"], "no op or model named 'resnet51'"),
         (["model", "resnet51"], "no model named 'resnet51'"),
+        (["model", "lenet5", "--fuse", "--train"], "--fuse freezes the weights"),
+        (["lenet5", "--fuse"], "--fuse freezes the weights"),
         (["max_pool2d", "--pass", "dgrad"], "max_pool2d has the passes fwd, bwd"),
         (["conv2d", "--isa", "sse9"], "sse9 does not run here"),
         (["conv2d", "--only", "nothing"], "nothing to run"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import fallback, plan
+from fastconv import _native, fallback, plan
 from fastconv.functional import avg_pool2d, conv2d, max_pool2d
 
 ISA = "scalar"
@@ -286,29 +287,25 @@ def test_fallback_silent_and_error() -> None:
 # ---- Plans ----------------------------------------------------------------------------------------------------------------
 
 
+KEPT_SCRATCH = 16 << 20  # csrc/eager/scratch.h
+
+
 def test_scratch_is_aligned_kept_and_each_threads_own() -> None:
-    size, address, _ = plan.scratch(1000)
-    assert size >= 1000
+    address = _native.load().scratch(1000)
     assert address % 64 == 0
-    assert plan.scratch(10)[1] == address
+    assert _native.load().scratch(10) == address
     found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(plan.scratch(1000)[1]))
+    thread = threading.Thread(target=lambda: found.append(_native.load().scratch(1000)))
     thread.start()
     thread.join()
     assert found[0] != address
-    huge = plan.scratch(plan._KEPT_BYTES + 1)
-    assert plan.scratch(10)[1] != huge[1]
+    assert _native.load().scratch(KEPT_SCRATCH + 1) != address
+    assert _native.load().scratch(10) == address
 
 
 def test_scratch_holds_what_it_says() -> None:
-    import ctypes
-
-    for nbytes in (1, 63, 64, 5000, plan._KEPT_BYTES + 1):
-        _, address, owner = plan.scratch(nbytes)
-        base = owner.ctypes.data  # type: ignore[attr-defined]
-        assert base <= address
-        assert address + nbytes <= base + owner.nbytes  # type: ignore[attr-defined]
-        ctypes.memset(address, 0, nbytes)
+    for nbytes in (1, 63, 64, 5000, KEPT_SCRATCH):
+        ctypes.memset(_native.load().scratch(nbytes), 0, nbytes)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

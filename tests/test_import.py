@@ -123,3 +123,10 @@ def test_results_where_inputs_are_nan() -> None:
     x[0, 1, 2, 2] = float("nan")
     y = fastconv.functional.conv2d(x, w, padding=1)
     assert torch.equal(y.isnan(), torch.nn.functional.conv2d(x, w, padding=1).isnan())
+
+
+def test_a_function_is_not_replaced_by_the_module_of_its_name() -> None:
+    """Importing fastconv.convert, which revert does, leaves the module in fastconv's namespace under that name."""
+    code = "import fastconv; fastconv.revert; assert callable(fastconv.convert), fastconv.convert"
+    done = run(code)
+    assert done.returncode == 0, done.stderr

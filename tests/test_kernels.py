@@ -16,7 +16,7 @@ def test_normal_data_within_the_rounding_of_its_sums(kernel: str) -> None:
 
 @pytest.mark.ops(*CONV_OPS, *MAX_POOL_OPS)
 def test_integers_are_exact(kernel: str) -> None:
-    if harness.error_growth(kernel) > 1:
+    if harness.error_growth(kernel) > 1 and "winograd_f2x3" not in kernel:
         pytest.skip("its transform rounds even integers")
     op = kernel.split(".")[0]
     cases = [c for c in harness.accepted(kernel) if getattr(c, "activation", "none") in EXACT_ACTIVATIONS]
@@ -49,4 +49,6 @@ def test_max_pooling_without_indices(kernel: str) -> None:
 
 @pytest.mark.ops("conv2d_fwd", "conv2d_dgrad")
 def test_a_nan_reaches_what_reads_it_and_nothing_else(kernel: str) -> None:
+    if "winograd" in kernel:
+        pytest.skip("its tiles share their inputs: see test_winograd.py")
     harness.check_all(kernel, harness.accepted(kernel)[::4], fill.with_one_nan)

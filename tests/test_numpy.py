@@ -226,7 +226,7 @@ VALUE_ERRORS = {
     "stride of 3": lambda: fn.conv2d(X, W, stride=(1, 1, 1)),
     "padding -1": lambda: fn.conv2d(X, W, padding=-1),
     "padding of 3": lambda: fn.conv2d(X, W, padding=(1, 1, 1)),
-    "padding SAME": lambda: fn.conv2d(X, W, padding="SAME"),
+    "padding Same": lambda: fn.conv2d(X, W, padding="Same"),
     "same with stride": lambda: fn.conv2d(X, W, padding="same", stride=2),
     "kernel beyond x": lambda: fn.conv2d(X, W, dilation=4),
     "activation": lambda: fn.conv2d(X, W, activation="swish"),

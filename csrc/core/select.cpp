@@ -24,19 +24,24 @@ Machine machine_with(int threads) {
 }
 
 // Law 7: a sample's bits may not depend on how many others come with it, or on the threads. Algorithms sum in different orders,
-// so the choice between them sees neither: costs are predicted for one thread, and for a nominal batch unless the batch is what
-// is summed over. Images of a few pixels are Linear's rows, which come by the dozen.
-constexpr int64_t kNominalBatch = 8, kNominalPixels = 64;
+// so the choice between them sees neither: costs are predicted for one thread, and for nominal batches unless the batch is what
+// is summed over. One image and eight count alike, image by image: packing and transforming filters is most of the work for one
+// deep image and nothing for eight. Images of one pixel are Linear's rows, which come by the dozen.
+constexpr int64_t kNominalBatch = 8, kNominalRows = 64;
 
 template <class Problem>
-Problem nominal(const std::string& op, Problem problem) {
-  if (op != "conv2d_wgrad") problem.N = std::max(kNominalBatch, kNominalPixels / std::max<int64_t>(problem.P * problem.Q, 1));
-  return problem;
+double nominal_cost(const std::string& op, const Kernel<Problem>& kernel, Problem problem, const Machine& machine) {
+  if (op == "conv2d_wgrad") return kernel.cost(problem, machine);
+  const bool rows = problem.P * problem.Q == 1;
+  problem.N = rows ? kNominalRows : kNominalBatch;
+  const double many = kernel.cost(problem, machine);
+  problem.N = 1;
+  return rows ? many : (many + double(kNominalBatch) * kernel.cost(problem, machine)) / 2;
 }
 
-SdpaProblem nominal(const std::string&, SdpaProblem problem) {
+double nominal_cost(const std::string&, const Kernel<SdpaProblem>& kernel, SdpaProblem problem, const Machine& machine) {
   problem.B = kNominalBatch;
-  return problem;
+  return kernel.cost(problem, machine);
 }
 
 }  // namespace
@@ -61,7 +66,7 @@ std::vector<Candidate> candidates(const std::string& op, const Problem& problem,
       if (reason) {
         candidate.verdict = reason;
       } else {
-        candidate.cost = (*kernel)->cost(nominal(op, problem), machine);
+        candidate.cost = nominal_cost(op, **kernel, problem, machine);
       }
     }
     found.push_back(std::move(candidate));

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .control import build_info, explain, kernels, set_accuracy, use
     from .convert import convert, revert
     from .fallback import FallbackWarning, fallback_counts, set_fallback
+    from .fusion import fuse, unfuse
     from .plan import observe
 
     __version__: str
@@ -30,12 +31,14 @@ _HOMES = {
     "convert": "convert",
     "explain": "control",
     "fallback_counts": "fallback",
+    "fuse": "fusion",
     "kernels": "control",
     "observe": "plan",
     "revert": "convert",
     "sdpa": "_attention",
     "set_accuracy": "control",
     "set_fallback": "fallback",
+    "unfuse": "fusion",
     "use": "control",
 }
 _SUBMODULES = ("_native", "functional", "models", "nn", "numpy", "plan", "reference", "testing")
@@ -48,6 +51,7 @@ __all__ = [
     "explain",
     "fallback_counts",
     "functional",
+    "fuse",
     "kernels",
     "models",
     "nn",
@@ -57,6 +61,7 @@ __all__ = [
     "sdpa",
     "set_accuracy",
     "set_fallback",
+    "unfuse",
     "use",
 ]
 
@@ -72,7 +77,10 @@ def __getattr__(name: str) -> Any:
 
         value = load()
     elif name in _HOMES:
-        value = getattr(importlib.import_module(f"fastconv.{_HOMES[name]}"), name)
+        home = importlib.import_module(f"fastconv.{_HOMES[name]}")
+        # All its names at once: importing a submodule called convert has just put that in the function's place.
+        globals().update({other: getattr(home, other) for other in _HOMES if _HOMES[other] == _HOMES[name]})
+        value = getattr(home, name)
     elif name in _SUBMODULES:
         value = importlib.import_module(f"fastconv.{name}")
     else:

@@ -19,11 +19,14 @@ from . import plan
 from ._arguments import INT_MAX
 from ._conv_checks import Geometry
 from ._routes import for_torch, overridden, plain_pair
+from .ops import _eager
 from .ops import conv2d as ops
 from .ops import linear as linear_ops
 from .ops._conv2d_kernels import Recipe, follow, fwd_recipe
 from .ops._dispatch import DTYPES, KERNEL, usual
 
+_dynamo = torch.compiler.is_dynamo_compiling
+_eager_conv2d, _eager_linear = _eager.native.eager_conv2d, _eager.native.eager_linear
 _get_threads = torch.get_num_threads
 _forced = plan.forced.get
 
@@ -66,9 +69,13 @@ def conv2d(
 
     Raises RuntimeError where shapes, dtypes, devices or values do not fit, TypeError where an argument has the wrong type.
     """
+    if not _dynamo():
+        y = _eager_conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     how = usual(input, weight, bias)
     if how is not None and _is_option(stride) and _is_option(padding) and _is_option(dilation) and type(groups) is int:
-        recipe = _recipe(
+        recipe = conv2d_recipe(
             input.shape, input.stride(), weight.shape, weight.stride(), input.dtype, weight.dtype,
             None if bias is None else bias.shape, None if bias is None else bias.dtype, stride, padding, dilation, groups,
             _get_threads(), _forced().get("conv2d_fwd", ""), plan.strict,
@@ -146,9 +153,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns (*, O). float32 and float64 on the CPU run on our kernels. Raises RuntimeError where shapes, dtypes or devices do
     not fit, TypeError where an argument is no tensor.
     """
+    if not _dynamo():
+        y = _eager_linear(input, weight, bias)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     how = usual(input, weight, bias)
     if how is not None:
-        recipe = _linear_recipe(
+        recipe = linear_recipe(
             input.shape, weight.shape, weight.stride(), input.dtype, weight.dtype,
             None if bias is None else bias.shape, None if bias is None else bias.dtype,
             _get_threads(), _forced().get("conv2d_fwd", ""), plan.strict,
@@ -187,7 +198,7 @@ def _usual_linear(input: Sequence[int], weight: Sequence[int], bias: Sequence[in
 
 
 @plan.cached
-def _linear_recipe(
+def linear_recipe(
     input: plan.Shape,
     weight: plan.Shape,
     weight_strides: plan.Shape,
@@ -197,7 +208,7 @@ def _linear_recipe(
     bias_dtype: Any,
     *chosen: Any,
 ) -> linear_ops.Recipe | None:
-    """As `_recipe`, for linear."""
+    """As `conv2d_recipe`, for linear."""
     if dtype not in DTYPES or weight_dtype is not dtype or (bias is not None and bias_dtype is not dtype):
         return None
     if not _usual_linear(input, weight, bias):
@@ -253,7 +264,7 @@ def _is_option(value: Any) -> bool:
 
 
 @plan.cached
-def _recipe(
+def conv2d_recipe(
     input: plan.Shape,
     input_strides: plan.Shape,
     weight: plan.Shape,

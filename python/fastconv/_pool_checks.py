@@ -125,7 +125,7 @@ def check_windows(op: str, dims: int, sizes: tuple[int, ...], w: Windows, ceil_m
             f"{op}: Expected {ranks} (batch mode) tensor with optional 0 dim batch size for input, but got:{list(sizes)}"
         )
     options = tuple(zip(w.kernel, w.stride, w.padding, w.dilation))[-dims:]
-    out = [output_size(size, *option, ceil_mode) for size, option in zip(plane, options)]
+    out = [output_size(size, k, s, (p, p), d, ceil_mode) for size, (k, s, p, d) in zip(plane, options)]
     if min(out) < 1:
         channels, one = sizes[-dims - 1], "1x" if dims == 1 else ""
         raise RuntimeError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
@@ -18,10 +19,15 @@ from . import plan
 from ._arguments import INT_MAX, boolean, integer, tensor
 from ._pool_checks import Windows
 from ._routes import for_torch, overridden, plain
+from .ops import _eager
 from .ops import avg_pool2d as avg_ops
 from .ops import max_pool2d as max_ops
 from .ops._dispatch import DTYPES, KERNEL, usual
 from .ops.pool2d import Recipe, chosen
+
+_dynamo = torch.compiler.is_dynamo_compiling
+_eager_max, _eager_avg = _eager.native.eager_max_pool2d, _eager.native.eager_avg_pool2d
+_eager_adaptive_avg = _eager.native.eager_adaptive_avg_pool2d
 
 Size = int | Sequence[int]
 OptionalSize = int | Sequence[int | None]
@@ -74,7 +80,7 @@ def max_pool2d_with_indices(
     The positions are int64, flat within the (H, W) plane. The other arguments are those of `max_pool2d`.
     """
     if plain(input):
-        windows = _usual(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+        windows = usual_windows(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
         if windows is not None:
             return max_ops.max_pool2d(input, *windows, ceil_mode)
     options = kernel_size, stride, padding, dilation, ceil_mode
@@ -99,14 +105,18 @@ def max_pool2d(
     plane). NaN beats every number, and among equals the first wins. float32 and float64 on the CPU run on our kernels, other
     dtypes and devices go to torch. Raises RuntimeError where sizes or values do not fit, TypeError for a wrong type.
     """
+    if not return_indices and not _dynamo():
+        y = _eager_max(input, kernel_size, stride, padding, dilation, ceil_mode)
+        if y is not None:
+            return y
     how = None if return_indices else usual(input, input, None)
     if how is not None and _are_options(kernel_size, stride, padding, dilation, ceil_mode):
         options = kernel_size, stride, padding, dilation, ceil_mode
-        recipe = _max_recipe(input.shape, input.stride(), input.dtype, *options, *chosen("max_pool2d_fwd"))
+        recipe = max_recipe(input.shape, input.stride(), input.dtype, *options, *chosen("max_pool2d_fwd"))
         if recipe is not None:
             return max_ops.follow(input, recipe) if how is KERNEL else max_ops.follow_with_gradient(input, recipe)[0]
     if plain(input):
-        windows = _usual(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+        windows = usual_windows(input.shape, kernel_size, stride, padding, dilation, ceil_mode)
         if windows is not None:
             pool = max_ops.max_pool2d if return_indices else max_ops.max_values2d
             return pool(input, *windows, ceil_mode)
@@ -143,14 +153,14 @@ def _max(
     return y.contiguous() if dims == 1 and not y.requires_grad else y
 
 
-def _usual(
+def usual_windows(
     sizes: Sequence[int], kernel_size: Any, stride: Any, padding: Any, dilation: Any, flag: Any
 ) -> Windows | None:
     """The windows where this is a valid pooling of a batch of images; None where the general way has to look."""
     if len(sizes) != 4 or (flag is not False and flag is not True):
         return None
-    kernel, pads, dilations = _pair(kernel_size), _pair(padding), _pair(dilation)
-    strides = kernel if stride is None else _pair(stride)
+    kernel, pads, dilations = c_pair(kernel_size), c_pair(padding), c_pair(dilation)
+    strides = kernel if stride is None else c_pair(stride)
     if kernel is None or strides is None or pads is None or dilations is None:
         return None
     (R, S), (top, left), (down, across) = kernel, pads, dilations
@@ -182,28 +192,28 @@ def _are_options(kernel_size: Any, stride: Any, padding: Any, dilation: Any, fla
 
 
 @plan.cached
-def _max_recipe(
+def max_recipe(
     shape: plan.Shape, strides: plan.Shape, dtype: Any, kernel: Any, stride: Any, padding: Any, dilation: Any,
     ceil_mode: bool, *chosen: Any,
 ) -> Recipe | None:  # fmt: skip
     """The recipe of a call as it was written, so that the usual call looks up one key; None where `_max` has to look."""
-    windows = _usual(shape, kernel, stride, padding, dilation, ceil_mode) if dtype in DTYPES else None
+    windows = usual_windows(shape, kernel, stride, padding, dilation, ceil_mode) if dtype in DTYPES else None
     return None if windows is None else max_ops.fwd_recipe(shape, strides, dtype, *windows, ceil_mode, chosen)
 
 
 @plan.cached
-def _avg_recipe(
+def avg_recipe(
     shape: plan.Shape, strides: plan.Shape, dtype: Any, kernel: Any, stride: Any, padding: Any,
     ceil_mode: bool, count_include_pad: bool, *chosen: Any,
 ) -> Recipe | None:  # fmt: skip
     """The same for averages."""
-    windows = _usual(shape, kernel, stride, padding, 1, ceil_mode) if dtype in DTYPES else None
+    windows = usual_windows(shape, kernel, stride, padding, 1, ceil_mode) if dtype in DTYPES else None
     if windows is None:
         return None
     return avg_ops.fwd_recipe(shape, strides, dtype, *windows[:3], ceil_mode, count_include_pad, None, chosen)
 
 
-def _pair(value: Any) -> Pair | None:
+def c_pair(value: Any) -> Pair | None:
     """An int or a pair of ints that a C int holds; None where the general way has to look."""
     if type(value) is int:
         return (value, value) if -INT_MAX <= value <= INT_MAX else None
@@ -258,13 +268,17 @@ def avg_pool2d(
     False; what ceil_mode adds beyond the padding never counts. Results, dtypes and errors as for `max_pool2d`.
     """
     if divisor_override is None and (count_include_pad is True or count_include_pad is False):
+        if not _dynamo():
+            y = _eager_avg(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
         if usual(input, input, None) is KERNEL and _are_options(kernel_size, stride, padding, 1, ceil_mode):
             windows = kernel_size, stride, padding, ceil_mode, count_include_pad
-            recipe = _avg_recipe(input.shape, input.stride(), input.dtype, *windows, *chosen("avg_pool2d_fwd"))
+            recipe = avg_recipe(input.shape, input.stride(), input.dtype, *windows, *chosen("avg_pool2d_fwd"))
             if recipe is not None:
                 return avg_ops.follow(input, recipe)
         if plain(input):
-            found = _usual(input.shape, kernel_size, stride, padding, 1, ceil_mode)
+            found = usual_windows(input.shape, kernel_size, stride, padding, 1, ceil_mode)
             if found is not None:
                 return avg_ops.avg_pool2d(input, *found[:3], ceil_mode, count_include_pad, None)
     options = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
@@ -305,8 +319,12 @@ def adaptive_avg_pool2d(input: Tensor, output_size: OptionalSize) -> Tensor:
     output_size: an int, or (P, Q), where None keeps the input's size. Mean p is over rows floor(p·H/P) to ceil((p+1)·H/P).
     Returns (N, C, P, Q) in the input's memory format. Dtypes and errors as for `max_pool2d`.
     """
+    if not _dynamo():
+        y = _eager_adaptive_avg(input, output_size)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     if plain(input) and input.dim() == 4 and input.numel() > 0:
-        size = _pair(output_size)
+        size = c_pair(output_size)
         if size is not None and min(size) > 0:
             return avg_ops.adaptive_avg_pool2d(input, size)
     theirs = F.adaptive_avg_pool2d

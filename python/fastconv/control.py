@@ -151,13 +151,14 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _explained(question: plan.Question, dtype: str, shapes: tuple[plan.Shape, ...]) -> Explanation:
+    op, problem, threads, force, strict = question
     try:
         chosen = _C.plan(*question).kernel
     except NotImplementedError:
         chosen = None
     return Explanation(
-        op=question[0],
-        problem=f"{', '.join('x'.join(map(str, shape)) for shape in shapes)}, {dtype}, {question[2]} threads",
-        candidates=tuple(Candidate(*row) for row in _C.explain(*question)),
+        op=op,
+        problem=f"{', '.join('x'.join(map(str, shape)) for shape in shapes)}, {dtype}, {threads} threads",
+        candidates=tuple(Candidate(*row) for row in _C.explain(op, problem, force, strict)),
         chosen=chosen,
     )

@@ -17,10 +17,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import nn
+from ._padding import SAME
 
-# Swapping Conv3d would change nothing: torch computes it either way.
+# Swapping Conv3d would change nothing: torch computes it either way. ConvBnAct is ours alone.
 _OURS: Mapping[type[Module], type[Module]] = {
-    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if name != "Conv3d"
+    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if name not in ("Conv3d", "ConvBnAct")
 }
 _THEIRS: Mapping[type[Module], type[Module]] = {
     **{ours: theirs for theirs, ours in _OURS.items()},
@@ -115,11 +116,15 @@ def revert(model: Module) -> Report:
     report = Report("reverted")
     for name, module in _named_modules("revert", model):
         kind = type(module)
-        if kind in _THEIRS:
+        if kind in _THEIRS and getattr(module, "padding", 0) == SAME:
+            report.kept.append(Kept(name, kind.__name__, "torch has no padding='SAME' that follows the input's size"))
+        elif kind in _THEIRS:
             module.__class__ = _THEIRS[kind]
             report.swapped[kind.__name__] += 1
         elif kind in _OURS:
             report.already[kind.__name__] += 1
+        elif isinstance(module, nn.ConvBnAct):
+            report.kept.append(Kept(name, kind.__name__, "torch has no such layer, and in eval mode it runs as before"))
         elif isinstance(module, tuple(_THEIRS)):
             report.kept.append(Kept(name, kind.__name__, _subclass_reason(module)))
     return report

@@ -8,6 +8,7 @@ says how often and why.
 
 from __future__ import annotations
 
+from . import _resolvers  # noqa: F401 - registers itself, as does the next
 from ._attention import scaled_dot_product_attention
 from ._convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, linear
 from ._pooling import (
@@ -24,6 +25,7 @@ from ._pooling import (
     max_pool2d,
     max_pool2d_with_indices,
 )
+from .ops import _flops  # noqa: F401
 
 __all__ = [
     "adaptive_avg_pool1d",

@@ -2,6 +2,8 @@
 
 Each class subclasses the one it is named after: constructor, initialisation, parameters, repr, state_dict and pickle are torch's,
 and so is every error of the constructor. Only the forward pass differs, and it calls `fastconv.functional`.
+
+One option is added: padding="SAME" of Conv2d, MaxPool2d and AvgPool2d is TensorFlow's, for any stride (see `fastconv._padding`).
 """
 
 from __future__ import annotations
@@ -10,9 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 
+from . import _fused, _same_pooling
 from . import functional as F
 from ._attention import sdpa
+from ._folding import ACTIVATION_LAYERS, fold, why_not_folded
+from ._padding import SAME, same
 from .fallback import note
 
 __all__ = [
@@ -25,6 +31,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvBnAct",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "Linear",
@@ -32,6 +39,10 @@ __all__ = [
     "MaxPool2d",
     "MultiheadAttention",
 ]
+
+
+def _is_same(module: Any) -> bool:
+    return module.padding == SAME  # type: ignore[no-any-return]
 
 
 def _convolve(module: Any, function: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,10 +61,100 @@ class Conv1d(torch.nn.Conv1d):
 
 
 class Conv2d(torch.nn.Conv2d):
-    """`torch.nn.Conv2d` on fastconv's kernels: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q)."""
+    """`torch.nn.Conv2d` on fastconv's kernels: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q).
+
+    padding="SAME" is TensorFlow's: P = ceil(H/stride), the padding what that takes, its odd pixel at the bottom and right. The
+    kernels read four different sides in place, so it costs no copy.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        is_same = isinstance(padding, str) and padding == SAME
+        if is_same and padding_mode != "zeros":
+            raise ValueError(f"padding='SAME' pads with zeros, got padding_mode='{padding_mode}'")
+        options = stride, 0 if is_same else padding, dilation, groups, bias, padding_mode, device, dtype
+        super().__init__(in_channels, out_channels, kernel_size, *options)
+        if is_same:
+            self.padding = SAME
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if _is_same(self):
+            pads = same(input.shape[-2:], weight.shape[-2:], self.stride, self.dilation)
+            stride, dilation = _pair(self.stride), _pair(self.dilation)
+            return _fused.conv2d(input, weight, bias, stride, pads, dilation, self.groups)
         return _convolve(self, F.conv2d, input, weight, bias)
+
+
+class ConvBnAct(torch.nn.Sequential):
+    """Convolution without bias, BatchNorm, activation: (N, C, H, W) to (N, K, P, Q), P = ceil(H/stride) unless padding is given.
+
+    In eval mode the norm is folded into the weights at each call and the rest is done by the convolution's kernel, as is an
+    addition before the activation: ``block(x, residual)``. Gradients flow as ever. In training mode they are three steps.
+    `fastconv.fuse` keeps the folded weights. Keys are those of a Sequential: "0" the convolution, "1" the norm, as in
+    torchvision's blocks.
+
+    Args:
+        activation: "relu", "relu6", "silu", "hardswish", "gelu" (the erf form), "sigmoid" or "none".
+        padding: as `Conv2d` takes it; None: (kernel_size - 1)//2·dilation on every side.
+        eps, momentum: the norm's.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any = 3,
+        stride: Any = 1,
+        padding: Any = None,
+        dilation: Any = 1,
+        groups: int = 1,
+        *,
+        activation: str = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
+        if activation != "none" and activation not in ACTIVATION_LAYERS:
+            raise ValueError(f"activation: got '{activation}', expected none, {', '.join(ACTIVATION_LAYERS)}")
+        if padding is None:
+            padding = tuple((k - 1) // 2 * d for k, d in zip(_pair(kernel_size), _pair(dilation)))
+        conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
+        acts = [] if activation == "none" else [ACTIVATION_LAYERS[activation]()]
+        super().__init__(conv, torch.nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum), *acts)
+        self.activation = activation
+
+    @property
+    def conv(self) -> torch.nn.Conv2d:
+        return self[0]  # type: ignore[return-value]
+
+    @property
+    def norm(self) -> torch.nn.BatchNorm2d:
+        return self[1]  # type: ignore[return-value]
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.training or why_not_folded(self.norm):
+            y: Tensor = self.norm(self.conv(input))
+            y = y if residual is None else y + residual
+            return y if self.activation == "none" else _fused.ACTIVATIONS[self.activation](y)
+        weight, bias = fold(self.conv.weight, self.conv.bias, self.norm)
+        stride, dilation = _pair(self.conv.stride), _pair(self.conv.dilation)
+        if _is_same(self.conv):
+            sides = same(input.shape[-2:], weight.shape[-2:], stride, dilation)
+        else:
+            left, right, top, bottom = self.conv._reversed_padding_repeated_twice
+            sides = top, bottom, left, right
+        return _fused.conv2d(input, weight, bias, stride, sides, dilation, self.conv.groups, residual, self.activation)
 
 
 class Conv3d(torch.nn.Conv3d):
@@ -92,6 +193,11 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         return _convolve_transposed(self, 2, F.conv_transpose2d, input, output_size)
 
 
+def _windows(module: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Kernel and stride of a 2-D pool, each as (height, width)."""
+    return _pair(module.kernel_size), _pair(module.stride)
+
+
 class MaxPool1d(torch.nn.MaxPool1d):
     """`torch.nn.MaxPool1d` on fastconv's kernels."""
 
@@ -101,9 +207,13 @@ class MaxPool1d(torch.nn.MaxPool1d):
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
-    """`torch.nn.MaxPool2d` on fastconv's kernels."""
+    """`torch.nn.MaxPool2d` on fastconv's kernels. padding="SAME" is TensorFlow's: no dilation, and ceil_mode changes nothing."""
 
     def forward(self, input: Tensor) -> Any:
+        if _is_same(self):
+            if _pair(self.dilation) != (1, 1):
+                raise ValueError(f"padding='SAME' of a pool takes no dilation, got dilation={self.dilation}")
+            return _same_pooling.max_pool2d(input, *_windows(self), self.return_indices)
         windows = self.kernel_size, self.stride, self.padding, self.dilation
         return F.max_pool2d(input, *windows, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
 
@@ -116,9 +226,14 @@ class AvgPool1d(torch.nn.AvgPool1d):
 
 
 class AvgPool2d(torch.nn.AvgPool2d):
-    """`torch.nn.AvgPool2d` on fastconv's kernels."""
+    """`torch.nn.AvgPool2d` on fastconv's kernels.
+
+    padding="SAME" is TensorFlow's: the padding never counts, whatever count_include_pad says, and ceil_mode changes nothing.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if _is_same(self):
+            return _same_pooling.avg_pool2d(input, *_windows(self), self.divisor_override)
         windows = self.kernel_size, self.stride, self.padding
         return F.avg_pool2d(input, *windows, self.ceil_mode, self.count_include_pad, self.divisor_override)
 

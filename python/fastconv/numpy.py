@@ -3,8 +3,9 @@
     y = fastconv.numpy.conv2d(x, w, bias, stride=2, padding="same", activation="relu")
 
 Arrays are float32 or float64, indexed (N, C, H, W) as everywhere in this package, or (C, H, W) for one image. NHWC is a matter of
-memory: pass `nhwc.transpose(0, 3, 1, 2)`, which costs nothing, and get a result whose memory lies the same way. Other strides are
-copied first. The kernels are those of the torch layers, and `fastconv.use` and `fastconv.observe` apply.
+memory: pass `nhwc.transpose(0, 3, 1, 2)`, which costs nothing, and get a result whose memory lies the same way; `conv2d` also
+takes TensorFlow's order of dimensions, data_format="NHWC". Other strides are copied first. The kernels are those of the torch
+layers, and `fastconv.use` and `fastconv.observe` apply.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import plan
+from ._padding import SAME, same
 from .reference import ACTIVATIONS, conv_output_size, pool_output_size
 
 Array: TypeAlias = NDArray[Any]
@@ -36,26 +38,36 @@ def conv2d(
     w: Any,
     bias: Any = None,
     stride: Size = 1,
-    padding: Size | Literal["same", "valid"] = 0,
+    padding: Size | Literal["same", "SAME", "valid"] = 0,
     dilation: Size = 1,
     groups: int = 1,
     residual: Any = None,
     activation: str = "none",
     threads: int | None = None,
+    data_format: Literal["NCHW", "NHWC"] = "NCHW",
 ) -> Array:
     """activation(conv(x, w) + bias + residual), as `torch.nn.functional.conv2d` defines the convolution.
 
     x: (N, C, H, W) or (C, H, W); w: (K, C/groups, R, S); bias: (K); residual: the shape of the result. All of one dtype.
     stride, dilation: an int or (height, width), in pixels. padding, in pixels of zeros: an int, (height, width), (top, bottom,
-    left, right), "valid" (none) or "same" (with stride 1 the result has the size of x; an odd pixel goes to the end).
+    left, right), "valid" (none), "same" (with stride 1 the result has the size of x; an odd pixel goes to the end) or "SAME",
+    TensorFlow's (the same for any stride: the result has ceil(H/stride) rows).
     activation: "none", "relu", "relu6", "silu", "hardswish", "gelu" (the erf form) or "sigmoid".
     threads: at most so many; None: torch's number if torch is imported, else OMP_NUM_THREADS or the cores of this process.
+    data_format: "NHWC" for TensorFlow's order: x (N, H, W, C) or (H, W, C), w (R, S, C/groups, K), and residual and result (N, P,
+    Q, K) or (P, Q, K). Nothing is copied for it.
 
     Returns (N, K, P, Q) or (K, P, Q), in NHWC memory if x or w is. Raises TypeError for operands of another type or dtype,
     ValueError for shapes and options that do not fit.
     """
     x, w = _array("x", x), _array("w", w)
     _expect("w", w, x.dtype, dims=(4,))
+    if data_format not in ("NCHW", "NHWC"):
+        raise ValueError(f"data_format: got {data_format!r}, expected 'NCHW' or 'NHWC'")
+    nhwc = data_format == "NHWC"
+    if nhwc:
+        x, w = _channels_first("x", x), w.transpose(3, 2, 0, 1)
+        residual = None if residual is None else _channels_first("residual", residual)
     image = _batch("x", x)
     N, C, H, W = image.shape
     K, per_group, R, S = w.shape
@@ -65,7 +77,7 @@ def conv2d(
         raise ValueError(
             f"w: got shape {w.shape} with groups={groups}, expected (K, {C}/groups, R, S) for x of shape {x.shape}"
         )
-    pads = _four_sides(padding, (R, S), strides, dilations)
+    pads = _four_sides(padding, (H, W), (R, S), strides, dilations)
     P = conv_output_size(H, R, strides[0], pads[0], pads[1], dilations[0])
     Q = conv_output_size(W, S, strides[1], pads[2], pads[3], dilations[1])
     if P < 1 or Q < 1:
@@ -77,7 +89,7 @@ def conv2d(
         raise ValueError(f"activation: got '{activation}', expected one of {', '.join(ACTIVATIONS)}")
     if bias is not None:
         bias = np.ascontiguousarray(_expect("bias", _array("bias", bias), x.dtype, shape=(K,)))
-    last = _is_channels_last(image) or _is_channels_last(w)
+    last = nhwc or _is_channels_last(image) or _is_channels_last(w)
     y = _empty((N, K, P, Q), x.dtype, last)
     if residual is not None:
         shape = y.shape if x.ndim == 4 else y.shape[1:]
@@ -91,7 +103,8 @@ def conv2d(
             bias is not None, residual is not None, activation, *_chosen("conv2d_fwd", threads),
         )  # fmt: skip
         made.execute(*map(_address, (image, w, bias, residual, y)))
-    return y if x.ndim == 4 else y[0]
+    y = y if x.ndim == 4 else y[0]
+    return np.moveaxis(y, -3, -1) if nhwc else y
 
 
 @overload
@@ -255,6 +268,12 @@ def _batch(name: str, a: Array) -> Array:
     return a[None] if _expect(name, a, a.dtype, dims=(3, 4)).ndim == 3 else a
 
 
+def _channels_first(name: str, value: Any) -> Array:
+    """A view of an array (…, H, W, C) as (…, C, H, W)."""
+    a = _array(name, value)
+    return np.moveaxis(_expect(name, a, a.dtype, dims=(3, 4)), -1, -3)
+
+
 def _strides(a: Array) -> tuple[int, ...]:
     """Strides in elements."""
     return tuple(stride // a.itemsize for stride in a.strides)
@@ -316,8 +335,10 @@ def _pair(name: str, value: Any, least: int) -> Pair:
     return height, width
 
 
-def _four_sides(padding: Any, filter_size: Pair, stride: Pair, dilation: Pair) -> Quad:
+def _four_sides(padding: Any, image: Pair, filter_size: Pair, stride: Pair, dilation: Pair) -> Quad:
     """Padding as (top, bottom, left, right)."""
+    if isinstance(padding, str) and padding == SAME:
+        return same(image, filter_size, stride, dilation)
     if padding == "valid":
         return 0, 0, 0, 0
     if padding == "same":
@@ -326,7 +347,7 @@ def _four_sides(padding: Any, filter_size: Pair, stride: Pair, dilation: Pair) -
         down, across = (d * (size - 1) for d, size in zip(dilation, filter_size))
         return down // 2, down - down // 2, across // 2, across - across // 2
     if isinstance(padding, str):
-        raise ValueError(f"padding: got '{padding}', expected 'same', 'valid', an int, 2 or 4 ints")
+        raise ValueError(f"padding: got '{padding}', expected 'same', 'SAME', 'valid', an int, 2 or 4 ints")
     sides = _sizes("padding", padding, 0, (2, 4))
     if len(sides) == 2:
         return sides[0], sides[0], sides[1], sides[1]

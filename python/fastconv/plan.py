@@ -9,15 +9,12 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
 
 from . import _native
 
@@ -86,30 +83,28 @@ Question = tuple[
 class Plan:
     """One problem with the kernel chosen for it.
 
-    `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d`, `run_pool2d` or `SdpaArgs`,
-    the workspace left out.
+    `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d`, `run_pool2d` or `SdpaArgs`, the
+    workspace left out: the compiled module has scratch memory of its own for each thread.
     """
 
-    __slots__ = ("dtype", "kernel", "question", "run", "shapes", "workspace")
+    __slots__ = ("dtype", "kernel", "native", "question", "run", "shapes", "workspace")
 
     def __init__(self, question: Question, native: _C.Plan, dtype: str, shapes: tuple[Shape, ...]) -> None:
         self.question = question
+        self.native = native
         self.kernel = native.kernel
         self.workspace = native.workspace
         self.run: Callable[..., None] = native.run_pool2d if "pool" in question[0] else native.run_conv2d
         if question[0].startswith("sdpa"):
-            self.run = lambda *addresses: native.run_sdpa(addresses[:-1], addresses[-1])
+            self.run = lambda *addresses: native.run_sdpa(addresses)
         self.dtype = dtype
         self.shapes = shapes
 
     def execute(self, *addresses: int) -> None:
-        block = _kept.block
-        if self.workspace > block[0]:
-            block = scratch(self.workspace)
         if _observers:
-            self._execute_watched(*addresses, block[1])
+            self._execute_watched(*addresses)
         else:
-            self.run(*addresses, block[1])
+            self.run(*addresses)
 
     def _execute_watched(self, *addresses: int) -> None:
         questions = _questions.get()
@@ -141,6 +136,7 @@ def clear() -> None:
     """Forgets every plan: for tests, and after something that a key does not hold has changed."""
     for cache_clear in _caches:
         cache_clear()
+    _C.eager_clear()
 
 
 def limit_isa(name: str) -> None:
@@ -237,43 +233,12 @@ def make(
         raise
     made = Plan(question, native, dtype, shapes)
     if os.environ.get("FASTCONV_LOG", "0") not in ("", "0"):
-        cost = next(cost for name, _, cost in _C.explain(*question) if name == made.kernel)
+        cost = next(cost for name, _, cost in _C.explain(op, problem, force, strict) if name == made.kernel)
         sizes = " ".join("x".join(map(str, shape)) for shape in shapes)
         print(
             f"fastconv: {op} {sizes}: {made.kernel}, {cost * 1e6:.1f} us predicted, {threads} threads", file=sys.stderr
         )
     return made
-
-
-# ---- Scratch memory -------------------------------------------------------------------------------------------------------
-
-# Scratch a thread keeps between calls; a larger block is allocated for its one call. Kernels ask for L2-sized blocks a thread.
-_KEPT_BYTES = 16 << 20
-_ALIGNMENT = 64
-
-Block = tuple[int, int, object]
-
-
-class _Scratch(threading.local):
-    block: Block = (0, 0, None)
-
-
-_kept = _Scratch()
-
-
-def scratch(nbytes: int) -> Block:
-    """(size, address, owner) of at least `nbytes` uninitialised bytes, aligned to a cache line, of this thread alone.
-
-    The block is good until the thread asks again, and as long as the tuple lives: keep it until the kernel is done.
-    """
-    block = _kept.block
-    if nbytes <= block[0]:
-        return block
-    owner = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    block = (nbytes, -(-owner.ctypes.data // _ALIGNMENT) * _ALIGNMENT, owner)
-    if nbytes <= _KEPT_BYTES:
-        _kept.block = block
-    return block
 
 
 # ---- Memory formats -------------------------------------------------------------------------------------------------------

@@ -62,12 +62,20 @@ void pack_filters(const FilterSource<T>& source, int64_t filters, int64_t width,
                         [&](int64_t c, vec<T> column) { store(at(t, c), column); });
       }
     } else if (one_run) {
-      int64_t c = 0, position = 0;
-      for_each_column(w + plane.least, source.k_step, lanes, source.channels * source.c_step, [&](int64_t, vec<T> column) {
-        const int64_t t = plane.tap_at[position];
-        if (t >= 0) store(at(t, c), column);
-        if (++position == plane.span) position = 0, ++c;
-      });
+      // Where the positions of a block go, relative to the channel it starts in; a block is at most kL positions long.
+      int64_t offset[kMaxPlane + kL];
+      for (int64_t i = 0; i < plane.span + kL; ++i) {
+        const int64_t t = plane.tap_at[i % plane.span];
+        offset[i] = t < 0 ? -1 : (t * source.channels + i / plane.span) * width;
+      }
+      int64_t position = 0;
+      for_each_block(w + plane.least, source.k_step, lanes, source.channels * source.c_step,
+                     [&](int64_t, int n, const vec<T>(&block)[kL]) {
+                       for (int m = 0; m < n; ++m) {
+                         if (offset[position + m] >= 0) store(out + offset[position + m], block[m]);
+                       }
+                       for (position += n; position >= plane.span; position -= plane.span) out += width;
+                     });
     } else if (has_plane) {
       for (int64_t c = 0; c < source.channels; ++c) {
         for_each_column(w + c * source.c_step + plane.least, source.k_step, lanes, plane.span, [&](int64_t i, vec<T> column) {

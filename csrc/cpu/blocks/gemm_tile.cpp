@@ -5,6 +5,13 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
+// Depths from a load of the panel to its prefetch. The panel streams from L2 at a line for every six FMAs; with four depths of
+// notice a tile of 6x64 runs at 149 instead of 139 GFLOP/s on 384 KB of panel (peak 154), and loses nothing where it is in L1.
+constexpr int64_t kPanelAhead = 4;
+// The same for the broadcast operand, where all rows of a tile are neighbours and every depth is on a line of its own, as in
+// filter gradients: 107 to 129 GFLOP/s. Elsewhere it is one wasted instruction of 41.
+constexpr int64_t kRowsAhead = 8;
+
 // The epilogue of one vector of columns. `offset` is from y[m] to the first of them.
 template <class T>
 FC_INLINE vec<T> finish(const TileOutput<T>& out, int m, vec<T> sum, const T* column_bias, int64_t offset, int64_t step, int n) {
@@ -59,7 +66,11 @@ void tile(const TileInput<T>& in, const TileOutput<T>& out) {
     for (int64_t d = 0; d != end; d += in.a_step, b += in.width) {
       vec<T> panel[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) panel[v] = load(b + v * kL);
+      for (int v = 0; v < kVectors; ++v) {
+        panel[v] = load(b + v * kL);
+        __builtin_prefetch(b + v * kL + kPanelAhead * in.width);
+      }
+      __builtin_prefetch(a[0] + d + kRowsAhead * in.a_step);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
         const vec<T> row = set1(a[m][d]);

@@ -1,4 +1,4 @@
-// avg_pool2d_fwd.windows: NCHW with few, wide windows, the global average above all. Vectors run along the row of the window.
+// avg_pool2d_fwd.windows: NCHW with few, wide windows. Vectors run along the row of the window.
 #include "cpu/blocks/parallel.h"
 #include "cpu/blocks/pool_rows.h"
 

@@ -145,6 +145,16 @@ FC_INLINE void interleave(vec<double> even, vec<double> odd, vec<double>& a, vec
   b = {_mm256_permute2f128_pd(low, high, 0x31)};
 }
 
+// The first n of lanes 0, 2, 4, ... to their places; what lies between is not touched.
+FC_INLINE void store_even(float* p, vec<float> a, int n) {
+  const __m256i even = _mm256_setr_epi32(-1, 0, -1, 0, -1, 0, -1, 0);
+  _mm256_maskstore_ps(p, _mm256_and_si256(even, lane_range<float>(0, 2 * n)), a.v);
+}
+FC_INLINE void store_even(double* p, vec<double> a, int n) {
+  const __m256i even = _mm256_setr_epi64x(-1, 0, -1, 0);
+  _mm256_maskstore_pd(p, _mm256_and_si256(even, lane_range<double>(0, 2 * n)), a.v);
+}
+
 // The sum of all lanes, as a binary tree.
 FC_INLINE double reduce_add(vec<double> a) {
   const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));

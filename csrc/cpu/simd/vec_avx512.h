@@ -162,6 +162,14 @@ FC_INLINE void interleave(vec<double> even, vec<double> odd, vec<double>& a, vec
   b = {_mm512_permutex2var_pd(even.v, _mm512_add_epi64(pick, _mm512_set1_epi64(4)), odd.v)};
 }
 
+// The first n of lanes 0, 2, 4, ... to their places; what lies between is not touched.
+FC_INLINE void store_even(float* p, vec<float> a, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16(lane_range<float>(0, 2 * n) & 0x5555), a.v);
+}
+FC_INLINE void store_even(double* p, vec<double> a, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8(lane_range<double>(0, 2 * n) & 0x55), a.v);
+}
+
 // The sum of all lanes, as a binary tree.
 FC_INLINE float reduce_add(vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 FC_INLINE double reduce_add(vec<double> a) { return _mm512_reduce_add_pd(a.v); }

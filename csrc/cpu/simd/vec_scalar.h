@@ -145,6 +145,12 @@ FC_INLINE void interleave(vec<T> even, vec<T> odd, vec<T>& a, vec<T>& b) {
   }
 }
 
+// The first n of lanes 0, 2, 4, ... to their places; what lies between is not touched.
+template <class T>
+FC_INLINE void store_even(T* p, vec<T> a, int n) {
+  for (int i = 0; 2 * i < kLanes<T> && i < n; ++i) p[2 * i] = a.v[2 * i];
+}
+
 // The sum of all lanes, as a binary tree.
 template <class T>
 FC_INLINE T reduce_add(vec<T> a) {

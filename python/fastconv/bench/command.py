@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=("f32", "f64"), default="f32", help="default f32")
     parser.add_argument("--train", action="store_true", help="with 'model': a training step")
+    parser.add_argument("--fuse", action="store_true", help="with 'model': fastconv's weights frozen by fastconv.fuse")
     parser.add_argument("--only", default="", help="regular expression on shape strings: run only these")
     parser.add_argument(
         "--repetitions", type=int, default=15, help=f"samples of each row, at least {LEAST_REPETITIONS} (15)"
@@ -251,13 +252,18 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
     targets = list(args.targets)
     found: list[tuple[str, Case]] = []
     known = names()
+    if args.fuse and (args.train or targets[0] != "model"):
+        raise UsageError(
+            "--fuse freezes the weights of a whole model in inference: it goes with 'model', without --train"
+        )
     if targets[0] == "model":
         for model in targets[1:] or ["resnet50"]:
             if model not in known:
                 raise UsageError(f"no model named {model!r}, expected some of {', '.join(known)}")
             for batch in args.batch or (8 if args.train else 1,):
                 direction = "train" if args.train else "infer"
-                network = Network("model", direction, args.dtype, args.seed, model=model, batch=batch)
+                options = {"model": model, "batch": batch, "fused": args.fuse}
+                network = Network("model", direction, args.dtype, args.seed, **options)
                 found.append((f"{model} n{batch}", network))
         return found
     for target in targets:
@@ -307,6 +313,7 @@ def _repro(case: Case, args: argparse.Namespace) -> str:
     if case.op == "model":
         model, batch = case.name.split(" n")
         words = ["model", model, "--batch", batch] + ["--train"] * (case.direction == "train")
+        words += ["--fuse"] * case.family.endswith("fused")
     elif case.records_gradient:
         words = ["call", "--only", f"^{re.escape(case.name)}$"]
     else:

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastconv
@@ -117,12 +116,13 @@ def _pair(value: Any) -> tuple[int, int]:
 class Network(Case):
     """A whole model. ``direction`` is ``infer`` (eval mode, no gradients) or ``train`` (forward, backward, SGD step).
 
-    fastconv's contestant is ``fastconv.convert`` of a copy, and torch's are copies in each layout, all with the same
-    weights.
+    fastconv's contestant is ``fastconv.convert`` of a copy, or ``fastconv.fuse`` where ``fused``, and torch's are copies
+    in each layout, all with the same weights.
     """
 
     model: str = field(kw_only=True)
     batch: int = field(kw_only=True)
+    fused: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         self.records_gradient = self.direction == "train"
@@ -134,7 +134,9 @@ class Network(Case):
 
     @property
     def family(self) -> str:
-        return "inference" if self.direction == "infer" else "training step"
+        if self.direction == "train":
+            return "training step"
+        return "inference, fused" if self.fused else "inference"
 
     @property
     def kernel_ops(self) -> tuple[str, ...]:
@@ -171,7 +173,7 @@ class Network(Case):
         calibrate_batch_norm(network, x)
         network.eval()
         with torch.no_grad():
-            classes = network(x[:1]).shape[1]
+            classes = models.main_output(network(x[:1])).shape[1]
         return network, x, torch.arange(self.batch) * 7919 % classes
 
     def _contestant(
@@ -187,6 +189,8 @@ class Network(Case):
 
     def fastconv_call(self, layout: str) -> Call:
         def converted(twin: nn.Module) -> nn.Module:
+            if self.fused:
+                return fastconv.fuse(twin)
             fastconv.convert(twin)
             return twin
 
@@ -220,13 +224,12 @@ class Inference:
         self.network.eval()
 
     def __call__(self) -> Tensor:
-        logits: Tensor = self.network(self.x)
-        return logits
+        return models.main_output(self.network(self.x))
 
 
 @dataclass
 class TrainingStep:
-    """Forward, cross entropy, backward and an SGD step with momentum, on the same batch each time."""
+    """Forward, cross entropy of every head, backward and an SGD step with momentum, on the same batch each time."""
 
     network: nn.Module
     x: Tensor
@@ -240,7 +243,7 @@ class TrainingStep:
 
     def __call__(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.network(self.x), self.target)
+        loss = models.classification_loss(self.network(self.x), self.target)
         torch.autograd.backward(loss)
         self.optimizer.step()
         return loss

@@ -149,9 +149,15 @@ def _models(models: Sequence[Row]) -> str:
         timed = {c["who"]: c for c in row.match["contestants"] if "median_s" in c and c["threads"] == threads}
         peers = [timed.get(who) for who in ("torch", "torch_channels_last", "compile")]
         times = [f"{peer['median_s'] * 1e3:.1f}" if peer else "" for peer in [*peers, row.entry]]
-        what = {"infer": "inference", "train": "training step"}[row.match["direction"]]
         lines.append(
-            [row.match["shape"], what, str(threads), row.entry["layout"].upper(), *times, _bold(row.best_torch)]
+            [
+                row.match["shape"],
+                row.match["family"],
+                str(threads),
+                row.entry["layout"].upper(),
+                *times,
+                _bold(row.best_torch),
+            ]
         )
     head = [
         "model",

@@ -32,7 +32,11 @@ TOP = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastconv check``."""
-    parser.add_argument("model", metavar="MODEL", help="lenet5, resnet18 to resnet152, vgg16 or vgg19")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a reference model, such as resnet50 (any other word lists them)",
+    )
     parser.add_argument("--image", metavar="F", help="photograph to classify (default: scikit-learn's china.jpg)")
     parser.add_argument("--weights", metavar="F", help=".pth or .safetensors file (default: random weights)")
     parser.add_argument("--train", action="store_true", help="train on handwritten digits instead (lenet5)")
@@ -139,8 +143,10 @@ def _check_photo(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _top(y: Tensor) -> list[dict[str, float]]:
-    """The first sample's most likely classes, most likely first."""
-    probabilities, classes = y[0].float().softmax(0).topk(TOP)
+    """The first sample's most likely classes, most likely first; those of a map of pixels by its mean logits."""
+    from fastconv.models import per_image
+
+    probabilities, classes = per_image(y[:1].float())[0].softmax(0).topk(TOP)
     return [{"class": int(c), "probability": float(p)} for c, p in zip(classes, probabilities, strict=True)]
 
 

@@ -109,7 +109,7 @@ def compare(model: nn.Module, twin: nn.Module, x: Tensor, rounds: int, tick: Cal
     before = count_fallbacks()
     with torch.inference_mode():
         layers, y = _observe(model, x)
-        y_torch = twin(x)
+        y_torch = models.main_output(twin(x))
         whole: tuple[list[float], list[float]] = ([], [])
         by_layer: tuple[dict[str, list[float]], dict[str, list[float]]] = (defaultdict(list), defaultdict(list))
         for _ in range(rounds):
@@ -162,7 +162,7 @@ def _observe(model: nn.Module, x: Tensor) -> tuple[list[Layer], Tensor]:
             layers.append(Layer(name, type(module).__name__, tuple(y.shape), kernels))
 
         with _hooks(model, enter, leave):
-            y: Tensor = model(x)
+            y = models.main_output(model(x))
     return layers, y
 
 

@@ -1,4 +1,5 @@
-"""Residual networks (He, Zhang, Ren, Sun: Deep residual learning for image recognition, 2015).
+"""Residual networks (He, Zhang, Ren, Sun: Deep residual learning for image recognition, 2015), and ResNeXt (Xie, Girshick,
+Dollár, Tu, He: Aggregated residual transformations for deep neural networks, 2016), which gives the 3×3 convolutions groups.
 
 Attribute names and the placement of strides follow torchvision, so that its checkpoints load: in a bottleneck the
 3×3 convolution carries the stride, not the first 1×1 ("v1.5").
@@ -6,7 +7,7 @@ Attribute names and the placement of strides follow torchvision, so that its che
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -51,18 +52,34 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 convolutions: (N, in_width, H, W) to (N, 4·width, H/stride, W/stride)."""
+    """1×1, 3×3, 1×1 convolutions: (N, in_width, H, W) to (N, 4·width, H/stride, W/stride).
+
+    The 3×3 has ``groups`` of ``group_width`` channels (times width/64), which are ``dilation`` pixels apart.
+    """
 
     expansion = 4
 
-    def __init__(self, layers: Layers, in_width: int, width: int, *, stride: int = 1) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        in_width: int,
+        width: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        group_width: int = 64,
+        dilation: int = 1,
+    ) -> None:
         super().__init__()
         out_width = width * self.expansion
-        self.conv1 = layers.Conv2d(in_width, width, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = layers.Conv2d(width, width, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = layers.Conv2d(width, out_width, kernel_size=1, bias=False)
+        # ResNeXt's table 1: at a stage of 64, each group has group_width channels.
+        inner = width * group_width // 64 * groups
+        spread = {"padding": dilation, "dilation": dilation, "groups": groups}
+        self.conv1 = layers.Conv2d(in_width, inner, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = layers.Conv2d(inner, inner, kernel_size=3, stride=stride, **spread, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = layers.Conv2d(inner, out_width, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(layers, in_width, out_width, stride)
@@ -80,6 +97,15 @@ class Bottleneck(nn.Module):
         return out
 
 
+def initialise(model: nn.Module, residual_gain: float) -> None:
+    """torchvision's start: He-normal convolutions by fan-out; BatchNorm and Linear keep torch's own defaults."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, (BasicBlock, Bottleneck)):
+            nn.init.constant_(module.last_norm.weight, residual_gain)
+
+
 class ResNet(nn.Module):
     """Stem, four stages of residual blocks at widths 64, 128, 256, 512, average pool, one dense layer.
 
@@ -89,6 +115,7 @@ class ResNet(nn.Module):
         layers: namespace the layers come from, see :class:`fastconv.models.layers.Layers`.
         block: BasicBlock or Bottleneck.
         depths: number of blocks in each of the four stages.
+        options: keywords of every block: a ResNeXt's ``groups`` and ``group_width``.
         residual_gain: start value of the last BatchNorm weight of each block. torchvision's is 1, its
             ``zero_init_residual`` is 0. The smaller, the closer a fresh network is to the identity, and the less it
             multiplies rounding errors.
@@ -100,6 +127,7 @@ class ResNet(nn.Module):
         *,
         block: type[BasicBlock] | type[Bottleneck],
         depths: tuple[int, int, int, int],
+        options: Mapping[str, int] | None = None,
         num_classes: int = 1000,
         in_channels: int = 3,
         residual_gain: float = 1.0,
@@ -110,26 +138,20 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = layers.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
+        make: Callable[..., nn.Module] = partial(block, layers, **(options or {}))
+        expansion = block.expansion
+
         def stage(in_width: int, width: int, depth: int, stride: int) -> nn.Sequential:
-            out_width = width * block.expansion
-            first = block(layers, in_width, width, stride=stride)
-            return nn.Sequential(first, *(block(layers, out_width, width) for _ in range(depth - 1)))
+            first = make(in_width, width, stride=stride)
+            return nn.Sequential(first, *(make(width * expansion, width) for _ in range(depth - 1)))
 
         self.layer1 = stage(64, 64, depths[0], stride=1)
-        self.layer2 = stage(64 * block.expansion, 128, depths[1], stride=2)
-        self.layer3 = stage(128 * block.expansion, 256, depths[2], stride=2)
-        self.layer4 = stage(256 * block.expansion, 512, depths[3], stride=2)
+        self.layer2 = stage(64 * expansion, 128, depths[1], stride=2)
+        self.layer3 = stage(128 * expansion, 256, depths[2], stride=2)
+        self.layer4 = stage(256 * expansion, 512, depths[3], stride=2)
         self.avgpool = layers.AdaptiveAvgPool2d((1, 1))
-        self.fc = layers.Linear(512 * block.expansion, num_classes)
-        self._initialise(residual_gain)
-
-    def _initialise(self, residual_gain: float) -> None:
-        """torchvision's start: He-normal convolutions by fan-out; BatchNorm and Linear keep torch's own defaults."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, (BasicBlock, Bottleneck)):
-                nn.init.constant_(module.last_norm.weight, residual_gain)
+        self.fc = layers.Linear(512 * expansion, num_classes)
+        initialise(self, residual_gain)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -144,4 +166,5 @@ VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": partial(ResNet, block=Bottleneck, depths=(3, 4, 6, 3)),
     "resnet101": partial(ResNet, block=Bottleneck, depths=(3, 4, 23, 3)),
     "resnet152": partial(ResNet, block=Bottleneck, depths=(3, 8, 36, 3)),
+    "resnext50_32x4d": partial(ResNet, block=Bottleneck, depths=(3, 4, 6, 3), options={"groups": 32, "group_width": 4}),
 }

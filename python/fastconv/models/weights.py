@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 _NESTS = ("state_dict", "model_state_dict", "model_state", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")
 
+# DenseNet's layers in torchvision's files, which are older than its classes: "denselayer1.norm.1.weight".
+_OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.")
+
 _SHOWN_NAMES = 8
 
 
@@ -23,8 +27,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Every parameter and buffer must be in the file with the model's shape, and nothing else may be; the one exception
     is BatchNorm's ``num_batches_tracked``, which files older than torch 0.4.1 lack. State dicts nested under
-    "state_dict", "model" and the like are found, "module." and "_orig_mod." prefixes dropped; dtypes are converted to
-    the model's. No code in the file is run. On any error the model is left as it was.
+    "state_dict", "model" and the like are found, "module." and "_orig_mod." prefixes dropped, the old names in
+    torchvision's DenseNet files known; dtypes are converted to the model's. No code in the file is run. On any error the
+    model is left as it was.
 
     Args:
         path: ``.safetensors`` file, or anything ``torch.load`` reads (``.pth``, ``.pt``, ``.bin``).
@@ -88,7 +93,7 @@ def _plain_state(content: Any, path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = dict(content)
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+    return {_OLD_DENSENET.sub(r"\1\2.", name): tensor for name, tensor in state.items()}
 
 
 def _check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, model_name: str) -> None:

@@ -222,14 +222,21 @@ def run_fwd(
     return follow(recipe, x, w, bias, residual)
 
 
+def find_dgrad(
+    dy: Tensor, w: Tensor, x_shape: Shape, channels_last: bool,
+    stride: Pair, padding: Quad, dilation: Pair, groups: int,
+) -> _Recipe:  # fmt: skip
+    return _dgrad_recipe(
+        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, x_shape, channels_last, stride, padding, dilation, groups,
+        _get_threads(), _forced().get("conv2d_dgrad", ""), plan.strict,
+    )  # fmt: skip
+
+
 def run_dgrad(
     dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Shape, channels_last: bool,
     stride: Pair, padding: Quad, dilation: Pair, groups: int,
 ) -> Tensor:  # fmt: skip
-    recipe: _Recipe = _dgrad_recipe(
-        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, x_shape, channels_last, stride, padding, dilation, groups,
-        _get_threads(), _forced().get("conv2d_dgrad", ""), plan.strict,
-    )  # fmt: skip
+    recipe = find_dgrad(dy, w, x_shape, channels_last, stride, padding, dilation, groups)
     if recipe.copy_a is not None:
         dy = dy.contiguous(memory_format=recipe.copy_a)
     dx: Tensor = empty_strided(recipe.out_shape, recipe.out_strides, dy.dtype)
@@ -242,14 +249,21 @@ def run_dgrad(
     return dx
 
 
+def find_wgrad(
+    dy: Tensor, x: Tensor, w_shape: Shape, channels_last: bool, with_bias: bool,
+    stride: Pair, padding: Quad, dilation: Pair, groups: int,
+) -> _Recipe:  # fmt: skip
+    return _wgrad_recipe(
+        dy.shape, dy.stride(), x.shape, x.stride(), dy.dtype, w_shape, channels_last, with_bias,
+        stride, padding, dilation, groups, _get_threads(), _forced().get("conv2d_wgrad", ""), plan.strict,
+    )  # fmt: skip
+
+
 def run_wgrad(
     dy: Tensor, x: Tensor, w_shape: Shape, channels_last: bool, with_bias: bool,
     stride: Pair, padding: Quad, dilation: Pair, groups: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    recipe: _Recipe = _wgrad_recipe(
-        dy.shape, dy.stride(), x.shape, x.stride(), dy.dtype, w_shape, channels_last, with_bias,
-        stride, padding, dilation, groups, _get_threads(), _forced().get("conv2d_wgrad", ""), plan.strict,
-    )  # fmt: skip
+    recipe = find_wgrad(dy, x, w_shape, channels_last, with_bias, stride, padding, dilation, groups)
     if recipe.copy_a is not None:
         dy = dy.contiguous(memory_format=recipe.copy_a)
     if recipe.copy_b is not None:

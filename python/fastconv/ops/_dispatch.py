@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -38,6 +38,9 @@ _tracing = torch._C._is_tracing
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
+
+# What somebody who wants to see or to change a call has switched on, for csrc/eager, which asks each of them.
+WATCHERS = (_functorch_active, _modes_active, _function_modes_active, _autocast, _tracing)
 
 
 class Way(enum.Enum):
@@ -67,12 +70,23 @@ def plain(t: Tensor) -> bool:
         return False
 
 
+def _functionalizing() -> bool:
+    """Whether functorch's transforms are functionalize, and vmap at most.
+
+    torch has no rule for an autograd.Function under functionalize; the registered op needs none. Together with grad or jvp torch
+    raises, as for every Function: those levels do not look into an op, whose tangent would silently be zero.
+    """
+    kinds = torch._C._functorch.TransformType
+    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return kinds.Functionalize in levels and all(level in (kinds.Functionalize, kinds.Vmap) for level in levels)
+
+
 def way(*tensors: Tensor | None) -> Way:
     """How to call an op on these tensors. Dynamo folds the first test to a constant and sees nothing of the rest."""
     if torch.compiler.is_compiling():
         return OP
     if _functorch_active():
-        return TRANSFORM
+        return OP if _functionalizing() else TRANSFORM
     if _modes_active() or _tracing():
         return OP
     grad = _grad_enabled()
@@ -85,6 +99,9 @@ def way(*tensors: Tensor | None) -> Way:
                 return TRANSFORM if forward_ad._current_level >= 0 else OP
             if grad and t.requires_grad:
                 derive = True
+    if profiler._is_profiler_enabled:
+        # A profiler knows registered ops by name. Below this Function is the op, see `direct`.
+        return TRANSFORM if derive else OP
     return FUNCTION if derive else KERNEL
 
 
@@ -101,6 +118,7 @@ def usual(x: Any, w: Any, bias: Any) -> Way | None:
         or _autocast()
         or _tracing()
         or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
         or type(x) not in _PLAIN_TYPES
         or type(w) not in _PLAIN_TYPES
     ):
@@ -122,6 +140,8 @@ def usual(x: Any, w: Any, bias: Any) -> Way | None:
 def direct(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called on these tensors without the dispatcher, below autograd."""
     if torch.compiler.is_compiling() or _functorch_active() or _modes_active() or _tracing():
+        return False
+    if profiler._is_profiler_enabled:
         return False
     return all(t is None or plain(t) for t in tensors)
 

@@ -16,14 +16,14 @@ from .. import plan
 from . import pool2d
 from ._dispatch import empty_strided
 from .autograd import call, derive, run
-from .pool2d import LIBRARY, Chosen, Pair, Recipe
+from .pool2d import LIBRARY, Chosen, Pair, Quad, Recipe
 
 pool2d.define(
-    "avg_pool2d_fwd(Tensor x, SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding, bool ceil_mode, bool count_include_pad,"
+    "avg_pool2d_fwd(Tensor x, SymInt[2] kernel, SymInt[2] stride, SymInt[] padding, bool ceil_mode, bool count_include_pad,"
     " int? divisor_override) -> Tensor"
 )
 pool2d.define(
-    "avg_pool2d_bwd(Tensor grad, SymInt[] x_size, bool channels_last, SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding,"
+    "avg_pool2d_bwd(Tensor grad, SymInt[] x_size, bool channels_last, SymInt[2] kernel, SymInt[2] stride, SymInt[] padding,"
     " bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor"
 )
 pool2d.define("adaptive_avg_pool2d_fwd(Tensor x, SymInt[2] output_size) -> Tensor")
@@ -42,7 +42,7 @@ def fwd_recipe(
     dtype: torch.dtype,
     kernel: Pair,
     stride: Pair,
-    padding: Pair,
+    padding: Pair | Quad,
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,
@@ -50,14 +50,16 @@ def fwd_recipe(
 ) -> Recipe:
     y = pool2d.output_shape(x, kernel, stride, padding, (1, 1), ceil_mode)
     strides = plan.strides_of(y, plan.prefers_channels_last(x, x_strides))
-    operands, windows = ((x, x_strides), (y, strides)), (kernel, stride, padding, (1, 1))
     divisor = divisor_override or 0
-    made = pool2d.recipe("avg_pool2d_fwd", dtype, *operands, chosen, *windows, divisor, count_include_pad)
+    made = pool2d.recipe(
+        "avg_pool2d_fwd", dtype, (x, x_strides), (y, strides), chosen,
+        kernel, stride, padding, (1, 1), divisor, count_include_pad,
+    )  # fmt: skip
     return y, strides, made
 
 
 @plan.cached
-def _bwd_recipe(
+def bwd_recipe(
     y: plan.Shape,
     y_strides: plan.Shape,
     dtype: torch.dtype,
@@ -65,15 +67,17 @@ def _bwd_recipe(
     channels_last: bool,
     kernel: Pair,
     stride: Pair,
-    padding: Pair,
+    padding: Pair | Quad,
     count_include_pad: bool,
     divisor_override: int | None,
     chosen: Chosen,
 ) -> Recipe:
     strides = plan.strides_of(x, channels_last)
-    operands, windows = ((x, strides), (y, y_strides)), (kernel, stride, padding, (1, 1))
     divisor = divisor_override or 0
-    made = pool2d.recipe("avg_pool2d_bwd", dtype, *operands, chosen, *windows, divisor, count_include_pad)
+    made = pool2d.recipe(
+        "avg_pool2d_bwd", dtype, (x, strides), (y, y_strides), chosen,
+        kernel, stride, padding, (1, 1), divisor, count_include_pad,
+    )  # fmt: skip
     return x, strides, made
 
 
@@ -88,7 +92,7 @@ def adaptive_recipe(
 
 
 @plan.cached
-def _adaptive_bwd_recipe(
+def adaptive_bwd_recipe(
     y: plan.Shape, y_strides: plan.Shape, dtype: torch.dtype, x: plan.Shape, channels_last: bool, chosen: Chosen
 ) -> Recipe:
     strides = plan.strides_of(x, channels_last)
@@ -123,7 +127,7 @@ def _fwd(
     count_include_pad: bool,
     divisor_override: int | None,
 ) -> Tensor:
-    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.pair(padding)
+    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.sides(padding)
     divisor = ceil_mode, count_include_pad, divisor_override
     return follow(x, fwd_recipe(x.shape, x.stride(), x.dtype, *windows, *divisor, pool2d.chosen("avg_pool2d_fwd")))
 
@@ -139,9 +143,9 @@ def _bwd(
     count_include_pad: bool,
     divisor_override: int | None,
 ) -> Tensor:
-    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.pair(padding)
+    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.sides(padding)
     options = tuple(x_size), channels_last, *windows, count_include_pad, divisor_override
-    return _run_bwd(grad, _bwd_recipe(grad.shape, grad.stride(), grad.dtype, *options, pool2d.chosen("avg_pool2d_bwd")))
+    return _run_bwd(grad, bwd_recipe(grad.shape, grad.stride(), grad.dtype, *options, pool2d.chosen("avg_pool2d_bwd")))
 
 
 def _adaptive_fwd(x: Tensor, output_size: Sequence[int]) -> Tensor:
@@ -152,7 +156,7 @@ def _adaptive_fwd(x: Tensor, output_size: Sequence[int]) -> Tensor:
 def _adaptive_bwd(grad: Tensor, x_size: Sequence[int], channels_last: bool) -> Tensor:
     chosen = pool2d.chosen("avg_pool2d_bwd")
     return _run_bwd(
-        grad, _adaptive_bwd_recipe(grad.shape, grad.stride(), grad.dtype, tuple(x_size), channels_last, chosen)
+        grad, adaptive_bwd_recipe(grad.shape, grad.stride(), grad.dtype, tuple(x_size), channels_last, chosen)
     )
 
 
@@ -206,7 +210,7 @@ class _AvgPool(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _backward(grad, *ctx.what, *ctx.options), *(None,) * len(ctx.options)
+        return backward(grad, *ctx.what, *ctx.options), *(None,) * len(ctx.options)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *_: Any) -> Any:
@@ -214,7 +218,7 @@ class _AvgPool(Function):
 
 
 class _AvgPoolBackward(Function):
-    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: _backward(*args), 1))
+    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: backward(*args), 1))
 
     @staticmethod
     def forward(grad: Tensor, *what: Any) -> Tensor:
@@ -230,7 +234,7 @@ class _AvgPoolBackward(Function):
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        return _backward(grad, *ctx.what)
+        return backward(grad, *ctx.what)
 
 
 class _AdaptiveAvgPool(Function):
@@ -247,7 +251,7 @@ class _AdaptiveAvgPool(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _adaptive_backward(grad, *ctx.what), None
+        return adaptive_backward(grad, *ctx.what), None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, _: Any) -> Any:
@@ -255,7 +259,7 @@ class _AdaptiveAvgPool(Function):
 
 
 class _AdaptiveAvgPoolBackward(Function):
-    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: _adaptive_backward(*args), 1))
+    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: adaptive_backward(*args), 1))
 
     @staticmethod
     def forward(grad: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -273,14 +277,16 @@ class _AdaptiveAvgPoolBackward(Function):
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        return _adaptive_backward(grad, *ctx.what)
+        return adaptive_backward(grad, *ctx.what)
 
 
-def _backward(grad: Tensor, *what: Any) -> Tensor:
+def backward(grad: Tensor, *what: Any) -> Tensor:
+    """The gradient for x from (x_size, channels_last, and the options of the pooling), differentiable to any order."""
     return call(_AvgPoolBackward, _bwd, _ops.avg_pool2d_bwd, (grad,), *what)  # type: ignore[no-any-return]
 
 
-def _adaptive_backward(grad: Tensor, *what: Any) -> Tensor:
+def adaptive_backward(grad: Tensor, *what: Any) -> Tensor:
+    """The same for the adaptive pooling, from (x_size, channels_last)."""
     return call(_AdaptiveAvgPoolBackward, _adaptive_bwd, _ops.adaptive_avg_pool2d_bwd, (grad,), *what)  # type: ignore[no-any-return]
 
 
@@ -297,7 +303,7 @@ def avg_pool2d(
     x: Tensor,
     kernel: Pair,
     stride: Pair,
-    padding: Pair,
+    padding: Pair | Quad,
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,

@@ -171,6 +171,24 @@ def _remember(ctx: Context, x: Tensor, w: Tensor, of: Forward) -> None:
     ctx.of = of
 
 
+def gradients(
+    dy: Tensor | None, saved: tuple[Tensor | None, ...], needs: tuple[bool, ...], of: Forward
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dw and db of a convolution with the saved (x, w), each where it is needed."""
+    dx = dw = db = None
+    if dy is not None:
+        x, w = saved
+        x_shape, w_shape, _, x_last, w_last, geometry = of
+        need_dx, need_dw, need_db = needs[:3]
+        if need_dx:
+            dx = _dgrad(way(dy, w), dy, w, None, x_shape, x_last, *geometry)
+        if need_dw:
+            dw, db = _wgrad(way(dy, x), dy, x, w_shape, w_last, need_db, *geometry)
+        elif need_db:
+            db = dy.sum((0, 2, 3))
+    return dx, dw, db if needs[2] else None
+
+
 class _Conv2d(torch.autograd.Function):
     """y = conv(x, w) + bias."""
 
@@ -188,18 +206,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, dy: Tensor | None) -> Grads:
-        dx = dw = db = None
-        if dy is not None:
-            x, w = ctx.saved_tensors
-            x_shape, w_shape, _, x_last, w_last, geometry = ctx.of
-            need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
-            if need_dx:
-                dx = _dgrad(way(dy, w), dy, w, None, x_shape, x_last, *geometry)
-            if need_dw:
-                dw, db = _wgrad(way(dy, x), dy, x, w_shape, w_last, need_db, *geometry)
-            elif need_db:
-                db = dy.sum((0, 2, 3))
-        return dx, dw, db if ctx.needs_input_grad[2] else None, None, None, None, None
+        return *gradients(dy, ctx.saved_tensors, ctx.needs_input_grad, ctx.of), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Context, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Tensor | None:

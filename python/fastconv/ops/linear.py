@@ -56,6 +56,14 @@ def _plan(
     return plan.make(op, problem, DTYPES[dtype], (x, w, y), threads, force, strict)
 
 
+def contiguous_strides(shape: Shape) -> Shape:
+    """Strides of a contiguous tensor of at least one dimension, as torch.empty gives them."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * max(size, 1))
+    return tuple(strides)
+
+
 class Recipe(NamedTuple):
     """What a forward call does, worked out once for its shapes, strides and options."""
 
@@ -68,13 +76,11 @@ class Recipe(NamedTuple):
 def fwd_recipe(
     x: Shape, w: Shape, w_strides: Shape, dtype: torch.dtype, biased: bool, threads: int, force: str, strict: bool
 ) -> Recipe:
-    y, strides = (*x[:-1], w[0]), [1]
-    for size in y[:0:-1]:
-        strides.insert(0, strides[0] * max(size, 1))
+    y = (*x[:-1], w[0])
     made: plan.Plan | None = _plan(
         "conv2d_fwd", math.prod(x[:-1]), w[1], w[0], w_strides, dtype, biased, threads, force, strict
     )
-    return Recipe(made, y, tuple(strides))
+    return Recipe(made, y, contiguous_strides(y))
 
 
 def find_fwd(x: Tensor, w: Tensor, bias: Tensor | None) -> Recipe:
@@ -107,18 +113,32 @@ def _rows(t: Tensor) -> int:
     return math.prod(t.shape[:-1])
 
 
-def run_dgrad(dy: Tensor, w: Tensor) -> Tensor:
+def find_dgrad(dy: Tensor, w: Tensor) -> plan.Plan | None:
     outputs, inputs = w.shape
-    dy = dy.contiguous()
-    dx = dy.new_empty((*dy.shape[:-1], inputs))
     made: plan.Plan | None = _plan(
         "conv2d_dgrad", _rows(dy), inputs, outputs, w.stride(), dy.dtype, False,
         _get_threads(), _forced().get("conv2d_dgrad", ""), plan.strict,
     )  # fmt: skip
+    return made
+
+
+def run_dgrad(dy: Tensor, w: Tensor) -> Tensor:
+    dy = dy.contiguous()
+    dx = dy.new_empty((*dy.shape[:-1], w.shape[1]))
+    made = find_dgrad(dy, w)
     if made is None:
         return dx.zero_()
     made.execute(dx.data_ptr(), w.data_ptr(), 0, 0, dy.data_ptr())
     return dx
+
+
+def find_wgrad(dy: Tensor, x: Tensor, with_bias: bool) -> plan.Plan | None:
+    outputs, inputs = dy.shape[-1], x.shape[-1]
+    made: plan.Plan | None = _plan(
+        "conv2d_wgrad", _rows(dy), inputs, outputs, (inputs, 1), dy.dtype, with_bias,
+        _get_threads(), _forced().get("conv2d_wgrad", ""), plan.strict,
+    )  # fmt: skip
+    return made
 
 
 def run_wgrad(dy: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
@@ -126,10 +146,7 @@ def run_wgrad(dy: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     dy, x = dy.contiguous(), x.contiguous()
     dw: Tensor = empty_strided((outputs, inputs), (max(inputs, 1), 1), dy.dtype)
     db: Tensor = empty_strided((outputs if with_bias else 0,), (1,), dy.dtype)
-    made: plan.Plan | None = _plan(
-        "conv2d_wgrad", _rows(dy), inputs, outputs, (inputs, 1), dy.dtype, with_bias,
-        _get_threads(), _forced().get("conv2d_wgrad", ""), plan.strict,
-    )  # fmt: skip
+    made = find_wgrad(dy, x, with_bias)
     if made is None:
         return dw.zero_(), dy.reshape(-1, outputs).sum(0) if with_bias and outputs else db
     made.execute(x.data_ptr(), dw.data_ptr(), db.data_ptr(), 0, dy.data_ptr())
@@ -253,6 +270,23 @@ def _remember(ctx: Context, x: Tensor, w: Tensor, y_shape: Shape) -> None:
     ctx.y_shape = y_shape
 
 
+def gradients(
+    dy: Tensor | None, saved: tuple[Any, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dw and db of a linear layer with the saved (x, w), each where it is needed."""
+    dx = dw = db = None
+    if dy is not None:
+        x, w = saved
+        need_dx, need_dw, need_db = needs[:3]
+        if need_dx:
+            dx = _dgrad(way(dy, w), dy, w)
+        if need_dw:
+            dw, db = _wgrad(way(dy, x), dy, x, need_db)
+        elif need_db:
+            db = _sum_rows(dy)
+    return dx, dw, db if needs[2] else None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -265,17 +299,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, dy: Tensor | None) -> Grads:
-        dx = dw = db = None
-        if dy is not None:
-            x, w = ctx.saved_tensors
-            need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
-            if need_dx:
-                dx = _dgrad(way(dy, w), dy, w)
-            if need_dw:
-                dw, db = _wgrad(way(dy, x), dy, x, need_db)
-            elif need_db:
-                db = _sum_rows(dy)
-        return dx, dw, db if ctx.needs_input_grad[2] else None
+        return gradients(dy, ctx.saved_tensors, ctx.needs_input_grad)
 
     @staticmethod
     def jvp(ctx: Context, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Tensor | None:

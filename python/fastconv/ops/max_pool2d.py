@@ -17,10 +17,10 @@ from .. import plan
 from . import pool2d
 from ._dispatch import KERNEL, empty_strided, way
 from .autograd import call, derive, run
-from .pool2d import LIBRARY, Chosen, Pair, Recipe
+from .pool2d import LIBRARY, Chosen, Pair, Quad, Recipe
 
 pool2d.define(
-    "max_pool2d_fwd(Tensor x, SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool ceil_mode)"
+    "max_pool2d_fwd(Tensor x, SymInt[2] kernel, SymInt[2] stride, SymInt[] padding, SymInt[2] dilation, bool ceil_mode)"
     " -> (Tensor, Tensor)"
 )
 pool2d.define("max_pool2d_bwd(Tensor grad, Tensor indices, SymInt[] x_size, bool channels_last) -> Tensor")
@@ -39,7 +39,7 @@ def fwd_recipe(
     dtype: torch.dtype,
     kernel: Pair,
     stride: Pair,
-    padding: Pair,
+    padding: Pair | Quad,
     dilation: Pair,
     ceil_mode: bool,
     chosen: Chosen,
@@ -63,7 +63,7 @@ def adaptive_recipe(
 
 
 @plan.cached
-def _bwd_recipe(
+def bwd_recipe(
     y: plan.Shape, y_strides: plan.Shape, dtype: torch.dtype, x: plan.Shape, channels_last: bool, chosen: Chosen
 ) -> Recipe:
     strides = plan.strides_of(x, channels_last)
@@ -99,7 +99,7 @@ def _fwd(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
-    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.pair(padding), pool2d.pair(dilation)
+    windows = pool2d.pair(kernel), pool2d.pair(stride), pool2d.sides(padding), pool2d.pair(dilation)
     chosen = pool2d.chosen("max_pool2d_fwd")
     return _run_fwd(x, fwd_recipe(x.shape, x.stride(), x.dtype, *windows, ceil_mode, chosen))
 
@@ -115,7 +115,7 @@ def _bwd(grad: Tensor, indices: Tensor, x_size: Sequence[int], channels_last: bo
         grad = torch.empty_like(indices, dtype=grad.dtype).copy_(grad)
         indices = torch.empty_like(indices).copy_(indices)
     chosen = pool2d.chosen("max_pool2d_bwd")
-    shape, strides, made = _bwd_recipe(grad.shape, grad.stride(), grad.dtype, tuple(x_size), channels_last, chosen)
+    shape, strides, made = bwd_recipe(grad.shape, grad.stride(), grad.dtype, tuple(x_size), channels_last, chosen)
     x = empty_strided(shape, strides, grad.dtype)
     if made is None:
         return x.zero_()
@@ -169,14 +169,15 @@ def _gather(x: Tensor, indices: Tensor) -> Tensor:
     return x.reshape(N, C, -1).gather(2, indices.reshape(N, C, P * Q)).reshape(N, C, P, Q)
 
 
-def _backward(grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
+def backward(grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
+    """The gradient for x, of size x_size, differentiable to any order in `grad`."""
     return call(_MaxPoolBackward, _bwd, _ops.max_pool2d_bwd, (grad, indices), x_size, channels_last)  # type: ignore[no-any-return]
 
 
 class _MaxPoolBackward(Function):
     """Scatters the gradient to the chosen positions: linear in it, and the gather's transpose."""
 
-    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: _backward(*args), 2))
+    vmap = staticmethod(pool2d.vmap_bwd(lambda *args: backward(*args), 2))
 
     @staticmethod
     def forward(grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -196,7 +197,7 @@ class _MaxPoolBackward(Function):
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        return _backward(grad, indices, ctx.x_size, ctx.channels_last)
+        return backward(grad, indices, ctx.x_size, ctx.channels_last)
 
 
 def _save(ctx: Any, x: Tensor, indices: Tensor) -> None:
@@ -212,7 +213,7 @@ class _MaxPool(Function):
     vmap = staticmethod(pool2d.vmap_fwd(lambda *args: max_pool2d(*args)))
 
     @staticmethod
-    def forward(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Any:
+    def forward(x: Tensor, kernel: Pair, stride: Pair, padding: Pair | Quad, dilation: Pair, ceil_mode: bool) -> Any:
         return run(_fwd, _ops.max_pool2d_fwd, (x,), kernel, stride, padding, dilation, ceil_mode)
 
     @staticmethod
@@ -222,7 +223,7 @@ class _MaxPool(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        dx = None if grad is None else _backward(grad, indices, ctx.x_size, ctx.channels_last)
+        dx = None if grad is None else backward(grad, indices, ctx.x_size, ctx.channels_last)
         return dx, None, None, None, None, None
 
     @staticmethod
@@ -266,7 +267,7 @@ class _AdaptiveMaxPool(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        return None if grad is None else _backward(grad, indices, ctx.x_size, ctx.channels_last), None
+        return None if grad is None else backward(grad, indices, ctx.x_size, ctx.channels_last), None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, _: Any) -> Any:
@@ -283,14 +284,16 @@ derive("max_pool2d_bwd", _MaxPoolBackward, pool2d.vmap_bwd(_ops.max_pool2d_bwd, 
 
 
 def max_pool2d(
-    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair | Quad, dilation: Pair, ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
     """x (N, C, H, W) → maxima (N, C, P, Q) and their indices, differentiable to any order in x."""
     options = kernel, stride, padding, dilation, ceil_mode
     return call(_MaxPool, _fwd, _ops.max_pool2d_fwd, (x,), *options)  # type: ignore[no-any-return]
 
 
-def max_values2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
+def max_values2d(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair | Quad, dilation: Pair, ceil_mode: bool
+) -> Tensor:
     """The maxima alone."""
     if way(x) is not KERNEL:
         return max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)[0]

@@ -1,7 +1,7 @@
 """Pooling over images: what its ops share. The ops are in `max_pool2d` and `avg_pool2d`.
 
-All tensors are 4-D, float32 or float64; sizes, kernels, strides, paddings and dilations are (height, width). Nothing is checked
-here: `fastconv.functional` has done that.
+All tensors are 4-D, float32 or float64; sizes, kernels, strides and dilations are (height, width). Padding is that too, or (top,
+bottom, left, right). Nothing is checked here: `fastconv.functional` has done that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .. import plan
 from ._dispatch import DTYPES
 
 Pair = tuple[int, int]
+Quad = tuple[int, int, int, int]
 Chosen = tuple[int, str, bool]
 # Output shape, output strides, and the plan; None where there is nothing to compute.
 Recipe = tuple[plan.Shape, plan.Shape, plan.Plan | None]
@@ -36,11 +37,27 @@ def pair(values: Sequence[int]) -> Pair:
     return height, width
 
 
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """Number of windows along one axis. With ceil_mode, a window that would start in the far padding is dropped."""
-    room = size + 2 * padding - dilation * (kernel - 1) - 1
+def sides(padding: Sequence[int]) -> Pair | Quad:
+    """Padding as a key can hold it, two ints or four."""
+    if type(padding) is tuple:
+        return padding
+    return pair(padding) if len(padding) == 2 else four(padding)
+
+
+def four(padding: Sequence[int]) -> Quad:
+    """Padding as (top, bottom, left, right)."""
+    if len(padding) == 2:
+        return padding[0], padding[0], padding[1], padding[1]
+    top, bottom, left, right = padding
+    return top, bottom, left, right
+
+
+def output_size(size: int, kernel: int, stride: int, padding: Pair, dilation: int, ceil_mode: bool) -> int:
+    """Number of windows along an axis padded (before, after). With ceil_mode, one that would start in the far padding is not."""
+    before, after = padding
+    room = size + before + after - dilation * (kernel - 1) - 1
     windows = (room + stride - 1 if ceil_mode else room) // stride + 1
-    if ceil_mode and (windows - 1) * stride >= size + padding:
+    if ceil_mode and (windows - 1) * stride >= size + before:
         windows -= 1
     return windows
 
@@ -55,8 +72,9 @@ def output_shape(
 ) -> tuple[int, int, int, int]:
     """(N, C, P, Q) of a pooled (N, C, H, W)."""
     N, C, H, W = shape
-    P = output_size(H, kernel[0], stride[0], padding[0], dilation[0], ceil_mode)
-    Q = output_size(W, kernel[1], stride[1], padding[1], dilation[1], ceil_mode)
+    top, bottom, left, right = four(padding)
+    P = output_size(H, kernel[0], stride[0], (top, bottom), dilation[0], ceil_mode)
+    Q = output_size(W, kernel[1], stride[1], (left, right), dilation[1], ceil_mode)
     return N, C, P, Q
 
 
@@ -84,7 +102,7 @@ def recipe(
     chosen: Chosen,
     kernel: Pair,
     stride: Pair,
-    padding: Pair,
+    padding: Pair | Quad,
     dilation: Pair = (1, 1),
     divisor_override: int = 0,
     count_include_pad: bool = True,
@@ -96,9 +114,8 @@ def recipe(
         raise NotImplementedError(f'"fastconv::{op}" not implemented for {dtype}, expected float32 or float64')
     if 0 in x[0] or 0 in y[0]:
         return None
-    pads = (padding[0], padding[0], padding[1], padding[1])
     problem = plan.pool2d_problem(
-        name, x, y, kernel, stride, pads, dilation, divisor_override, count_include_pad, adaptive
+        name, x, y, kernel, stride, four(padding), dilation, divisor_override, count_include_pad, adaptive
     )
     return plan.make(op, problem, name, (x[0], y[0]), *chosen)
 

@@ -21,6 +21,11 @@ def normal(key: str, shape: tuple[int, ...]) -> Array:
     return _rng(key).standard_normal(shape, np.float32).astype(np.float64)
 
 
+def rectified(key: str, shape: tuple[int, ...]) -> Array:
+    """Normal values after a ReLU, as the inputs of most layers are."""
+    return np.maximum(normal(key, shape), 0.0)
+
+
 def integers(key: str, shape: tuple[int, ...]) -> Array:
     """Integers of at most 8: every partial sum of products is exact in f32 while there are fewer than 2**24 / 64 of
     them.

@@ -89,10 +89,10 @@ def compare(got: NDArray[Any], expected: NDArray[Any], allowed: Array | float = 
     return Mismatch(int((~right).sum()), g.size, at, float(g[index]), float(e[index]), float(limit[index]))
 
 
-def relative_l2(got: NDArray[Any], expected: Array) -> float:
-    """|got - expected| / |expected| as L2 norms; 0 for 0/0."""
+def relative_l2(got: NDArray[Any], expected: Array, norm: float | None = None) -> float:
+    """|got - expected| / |expected| as L2 norms, or relative to ``norm``; 0 for 0/0."""
     error = float(np.linalg.norm(got.astype(np.float64) - expected))
-    norm = float(np.linalg.norm(expected))
+    norm = float(np.linalg.norm(expected)) if norm is None else norm
     return error if error == 0.0 else error / norm if norm else np.inf
 
 

@@ -1,0 +1,25 @@
+// Winograd convolution F(m x m, 3 x 3), stride 1: tiles of m x m outputs through (m+2)² matrix multiplications over the channels.
+//
+//   V[position][tile][c] = Bᵀ x B      U[position][c][k] = G w Gᵀ      y = Aᵀ ( V·U ) A
+//
+// NHWC and NCHW in place: transforms work on vectors of channels, and where channels are not contiguous a strip of tiles is
+// transposed on its way in and out. m = 2*kPairs; the maps are in winograd_transform.h.
+#pragma once
+
+#include "core/kernel.h"
+
+namespace fastconv::FASTCONV_TARGET {
+
+// nullptr where winograd_run can run: filters of 3x3, stride and dilation 1.
+const char* winograd_reject(const Conv2dProblem& a);
+
+template <class T, int kPairs>
+int64_t winograd_workspace(const Conv2dProblem& a, const Machine& machine);
+
+template <class T, int kPairs>
+void winograd_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
+
+template <class T, int kPairs>
+double winograd_cost(const Conv2dProblem& a, const Machine& machine);
+
+}  // namespace fastconv::FASTCONV_TARGET

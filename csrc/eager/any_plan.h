@@ -1,0 +1,46 @@
+// One plan for any kind of problem, so that Python holds a single class, and the scratch memory that plans run in.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "core/select.h"
+
+namespace fastconv {
+
+class AnyPlan {
+ public:
+  explicit AnyPlan(Plan<Conv2dProblem> plan) : plan_(std::move(plan)) {}
+  explicit AnyPlan(Plan<Pool2dProblem> plan) : plan_(std::move(plan)) {}
+  explicit AnyPlan(Plan<SdpaProblem> plan) : plan_(std::move(plan)) {}
+
+  const std::string& kernel() const {
+    return std::visit([](const auto& plan) -> const std::string& { return plan.row->name; }, plan_);
+  }
+  int64_t workspace() const {
+    return std::visit([](const auto& plan) { return plan.workspace; }, plan_);
+  }
+  int threads() const {
+    return std::visit([](const auto& plan) { return plan.machine.threads; }, plan_);
+  }
+
+  double predicted_seconds() const {
+    return std::visit([](const auto& plan) { return plan.kernel->cost(plan.problem, plan.machine); }, plan_);
+  }
+
+  // Without the GIL. Throws std::bad_variant_access where the plan is for another kind of problem.
+  void run(const Conv2dArgs& args, void* workspace) const { run(std::get<Plan<Conv2dProblem>>(plan_), args, workspace); }
+  void run(const Pool2dArgs& args, void* workspace) const { run(std::get<Plan<Pool2dProblem>>(plan_), args, workspace); }
+  void run(const SdpaArgs& args, void* workspace) const { run(std::get<Plan<SdpaProblem>>(plan_), args, workspace); }
+
+ private:
+  template <class Problem>
+  static void run(const Plan<Problem>& plan, const typename Problem::Args& args, void* workspace) {
+    plan.kernel->run(plan.problem, args, {&plan.machine, workspace});
+  }
+
+  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>> plan_;
+};
+
+}  // namespace fastconv

@@ -1,0 +1,51 @@
+"""BatchNorm in eval mode as part of the convolution before it: y = gamma·(conv(x) - mean)/sqrt(var + eps) + beta is one again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# What the kernels' epilogue can do, as modules.
+ACTIVATION_LAYERS: dict[str, type[torch.nn.Module]] = {
+    "relu": torch.nn.ReLU,
+    "relu6": torch.nn.ReLU6,
+    "silu": torch.nn.SiLU,
+    "hardswish": torch.nn.Hardswish,
+    "gelu": torch.nn.GELU,
+    "sigmoid": torch.nn.Sigmoid,
+}
+
+
+def activation_of(module: torch.nn.Module) -> str | None:
+    """The epilogue's name for an activation layer; None where it has none."""
+    if type(module) is torch.nn.GELU and module.approximate != "none":
+        return None
+    return next((name for name, kind in ACTIVATION_LAYERS.items() if type(module) is kind), None)
+
+
+def why_not_folded(norm: torch.nn.Module) -> str:
+    """Why this layer is no factor and summand of each channel; "" where it is."""
+    if type(norm) is not torch.nn.BatchNorm2d:
+        return f"it is {type(norm).__name__}, which cannot be folded"
+    if norm.training:
+        return "it is in training mode"
+    if norm.running_mean is None or norm.running_var is None:
+        return "it keeps no statistics"
+    return ""
+
+
+def fold(weight: Tensor, bias: Tensor | None, norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight (K, C/groups, R, S) and bias (K) of the convolution that is the given one and then `norm`.
+
+    The factors are computed in float64, so that each weight is rounded once on the way. Differentiable.
+    """
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = (variance.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = norm.weight.double() * scale
+    shift = ((0.0 if bias is None else bias.double()) - mean.double()) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return weight * scale.to(weight.dtype)[:, None, None, None], shift.to(weight.dtype)

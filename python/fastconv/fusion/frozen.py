@@ -1,0 +1,71 @@
+"""A convolution whose weights do not change any more."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from fastconv import _fused
+from fastconv._folding import fold
+from fastconv._padding import SAME, Quad, same
+from fastconv.nn import ConvBnAct
+
+Pair = tuple[int, int]
+
+
+class FrozenConv2d(torch.nn.Module):
+    """activation(norm(conv(x)) + residual) in one call of a kernel, with weights of its own that are made once, here.
+
+    This is the one place that owns folded weights, and so the place for packed and transformed ones. ``weight`` is (K, C/groups,
+    R, S) and ``bias`` (K) or None; they are buffers that no state_dict shows. Without a norm they share the layer's memory.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d | None = None, activation: str = "none"
+    ) -> None:
+        super().__init__()
+        self.stride = cast(Pair, _pair(conv.stride))
+        self.dilation = cast(Pair, _pair(conv.dilation))
+        self.groups = conv.groups
+        self.activation = activation
+        self.padding_mode = conv.padding_mode
+        # As F.pad has them, last dimension first; for padding="same" they may differ.
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        self.sides: Quad | None = None if cast(object, conv.padding) == SAME else (top, bottom, left, right)
+        # A tensor made in inference mode could not be used where gradients are recorded later.
+        with torch.inference_mode(False), torch.no_grad():
+            weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+            if norm is not None:
+                weight, bias = fold(weight, bias, norm)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.eval()
+
+    @classmethod
+    def of(cls, layer: torch.nn.Conv2d | ConvBnAct) -> FrozenConv2d:
+        """The whole of a layer."""
+        if isinstance(layer, ConvBnAct):
+            return cls(layer.conv, layer.norm, layer.activation)
+        return cls(layer)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q); ``residual`` is what can be added to the result."""
+        sides = self.sides
+        if sides is None:
+            sides = same(input.shape[-2:], self.weight.shape[-2:], self.stride, self.dilation)
+        elif self.padding_mode != "zeros":
+            top, bottom, left, right = sides
+            input = torch.nn.functional.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+            sides = 0, 0, 0, 0
+        options = self.stride, sides, self.dilation, self.groups
+        return _fused.conv2d(input, self.weight, self.bias, *options, residual, self.activation)
+
+    def extra_repr(self) -> str:
+        K, C, R, S = self.weight.shape
+        return f"{C * self.groups}, {K}, kernel_size=({R}, {S}), stride={self.stride}, activation={self.activation}"

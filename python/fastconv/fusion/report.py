@@ -1,0 +1,51 @@
+"""What `fastconv.fuse` did to a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fastconv.convert import Kept
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was fused, and what was not.
+
+    ``frozen`` names the convolutions that run with frozen weights, ``norms`` and ``residuals`` those of them that took over a
+    BatchNorm and an addition, and ``activations`` counts what they do behind that. ``left`` lists convolutions, norms, and
+    activations after convolutions that are as they were; ``untraced`` the modules that torch.fx could not follow, whose parts
+    were fused by themselves.
+    """
+
+    model: str
+    frozen: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
+    activations: Counter[str] = field(default_factory=Counter)
+    residuals: list[str] = field(default_factory=list)
+    left: list[Kept] = field(default_factory=list)
+    untraced: list[Kept] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """The counts in one line."""
+        parts = [f"{_counted(len(self.frozen), 'convolution')} frozen", f"{_counted(len(self.norms), 'norm')} folded"]
+        parts += [f"{count} {name}" for name, count in sorted(self.activations.items())]
+        if self.residuals:
+            parts.append(_counted(len(self.residuals), "residual addition"))
+        return f"{self.model}: {', '.join(parts)}"
+
+    def __str__(self) -> str:
+        lines = [f"fused {self.summary}"]
+        for title, layers in (("left", self.left), ("not traced:", self.untraced)):
+            groups: dict[tuple[str, str], list[str]] = {}
+            for layer in layers:
+                groups.setdefault((layer.kind, layer.reason), []).append(layer.name or "the model itself")
+            for (kind, reason), names in groups.items():
+                shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                lines.append(f"{title} {kind} ({shown}): {reason}")
+        return "\n".join(lines)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -1,0 +1,306 @@
+"""Finds convolutions in a torch.fx graph together with the norm, addition and activation behind them, and makes each one call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, GraphModule, Node
+from torch.nn import Module
+from torch.nn.modules import activation, batchnorm, dropout
+from torch.nn.utils import parametrize
+
+from fastconv import nn
+from fastconv._folding import activation_of, why_not_folded
+from fastconv.convert import Kept
+from fastconv.fusion.frozen import FrozenConv2d
+from fastconv.fusion.report import Report
+
+_ACTIVATION_CALLS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    F.gelu: "gelu",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    torch.sigmoid_: "sigmoid",
+    "relu": "relu",
+    "relu_": "relu",
+    "sigmoid": "sigmoid",
+    "sigmoid_": "sigmoid",
+}
+_DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ADDITIONS_IN_PLACE = (operator.iadd, "add_")
+
+
+def hooked(module: Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(vars(module).get(name) for name in names)
+
+
+def why_not_frozen(layer: Module) -> str:
+    """Why this layer is not frozen; "" where it can be."""
+    if any(_special(part) for part in layer.modules()):
+        return "it has hooks, parametrizations or a forward of its own"
+    if isinstance(layer, nn.ConvBnAct):
+        return why_not_folded(layer.norm)
+    return "" if type(layer) in (torch.nn.Conv2d, nn.Conv2d) else "it is no Conv2d, or a subclass"
+
+
+def rewrite(root: Module, graph: Graph, name: str, report: Report) -> GraphModule:
+    """The graph of ``root``, called ``name`` in the model, with frozen convolutions; what was done is added to the report."""
+    return _Rewriting(root, graph, name, report).run()
+
+
+@dataclass
+class _Chain:
+    """A convolution and what its kernel takes over: nodes that are used by nothing but the next."""
+
+    nodes: list[Node]
+    layer: torch.nn.Conv2d
+    norm: torch.nn.BatchNorm2d | None = None
+    activation: str = "none"
+    residual: Node | None = None
+
+    @property
+    def last(self) -> Node:
+        return self.nodes[-1]
+
+
+class _Rewriting:
+    def __init__(self, root: Module, graph: Graph, name: str, report: Report) -> None:
+        self.root, self.graph, self.report, self.prefix = root, graph, report, f"{name}." if name else ""
+        self.modules: dict[str, Module] = dict(root.named_modules(remove_duplicate=False))
+        self.frozen: dict[str, FrozenConv2d] = {}
+        self.names: dict[tuple[Any, ...], str] = {}
+
+    def run(self) -> GraphModule:
+        for node in list(self.graph.nodes):
+            self._drop(node)
+        for node in list(self.graph.nodes):
+            if isinstance(self._module(node), (torch.nn.Conv2d, nn.ConvBnAct)):
+                self._freeze(node)
+        for node in self.graph.nodes:
+            self._list_if_left(node)
+        parts: dict[str, Any] = {str(node.target): self._module(node) for node in self._nodes("call_module")}
+        parts |= {
+            str(node.target): operator.attrgetter(str(node.target))(self.root) for node in self._nodes("get_attr")
+        }
+        frozen = GraphModule(parts, self.graph)
+        frozen.training = (
+            False  # not by eval(), which would reach the parts, and one may be in training mode on purpose
+        )
+        return frozen
+
+    def _nodes(self, op: str) -> Iterator[Node]:
+        return (node for node in self.graph.nodes if node.op == op)
+
+    def _module(self, node: Node) -> Module | None:
+        if node.op != "call_module":
+            return None
+        target = str(node.target)
+        return self.frozen[target] if target in self.frozen else self.modules[target]
+
+    def _drop(self, node: Node) -> None:
+        """Takes out what does nothing in eval mode."""
+        module = self._module(node)
+        if isinstance(module, (dropout._DropoutNd, torch.nn.Identity)):
+            nothing = not module.training and not _special(module)
+        else:
+            # torchvision's stochastic depth is a function that torch.fx does not look into; torchvision need not be there.
+            name = getattr(node.target, "__name__", "")
+            training = node.args[3] if len(node.args) > 3 else node.kwargs.get("training")
+            nothing = training is False and (node.target in _DROPOUT_CALLS or name == "stochastic_depth")
+        if nothing:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            self.graph.erase_node(node)
+
+    # ---- One chain --------------------------------------------------------------------------------------------------------
+
+    def _freeze(self, node: Node) -> None:
+        reason = self._why_not(node)
+        if reason:
+            self._leave(node, reason)
+            return
+        chain = self._chain(node)
+        args = (node.args[0],) if chain.residual is None else (node.args[0], chain.residual)
+        # Where nothing is added, the call stays where the convolution was: its input may be written to later.
+        with self.graph.inserting_before(node if chain.residual is None else chain.last):
+            call = self.graph.call_module(self._frozen(chain), args)
+        chain.last.replace_all_uses_with(call)
+        for old in reversed(chain.nodes):
+            self.graph.erase_node(old)
+        self._count(chain)
+
+    def _why_not(self, node: Node) -> str:
+        """Why the convolution of a node is left as it is; "" where it is frozen."""
+        if not isinstance(node.args[0] if node.args else None, Node):
+            return "its input is passed by keyword"
+        module = self._module(node)
+        assert module is not None
+        return why_not_frozen(module)
+
+    def _chain(self, node: Node) -> _Chain:
+        module = self._module(node)
+        if isinstance(module, nn.ConvBnAct):
+            chain = _Chain([node], module.conv, module.norm, module.activation)
+            given = node.args[1:] + tuple(node.kwargs.values())
+            if given and given[0] is not None:
+                chain.residual = given[0]  # type: ignore[assignment]
+                return chain
+        else:
+            assert isinstance(module, torch.nn.Conv2d)
+            chain = _Chain([node], module)
+            self._take_norm(chain)
+        if chain.activation == "none":
+            self._take_addition(chain)
+            self._take_activation(chain)
+        return chain
+
+    def _take_norm(self, chain: _Chain) -> None:
+        user = _only_user(chain.last)
+        module = None if user is None else self._module(user)
+        if user is None or not isinstance(module, torch.nn.BatchNorm2d) or _special(module) or why_not_folded(module):
+            return
+        chain.norm = module
+        chain.nodes.append(user)
+
+    def _take_addition(self, chain: _Chain) -> None:
+        add = _only_user(chain.last)
+        if add is None or add.target not in _ADDITIONS or add.kwargs or len(add.args) != 2:
+            return
+        first, second = add.args
+        other = second if first is chain.last else first
+        if not isinstance(other, Node) or other is chain.last:
+            return
+        if add.target in _ADDITIONS_IN_PLACE and first is other and not self._is_fresh(other):
+            return  # others see what is written into it
+        if self._ends_later_chain(other, chain.last):
+            return  # that one takes the addition: the result of this one is there by then
+        between = _between(chain.nodes[0], add)
+        if any(self._writes(node) for node in between if node not in chain.nodes):
+            return  # the input or the other summand may be something else by then
+        chain.residual = other
+        chain.nodes.append(add)
+
+    def _take_activation(self, chain: _Chain) -> None:
+        user = _only_user(chain.last)
+        name = None if user is None else self._activation(user)
+        if user is not None and name is not None:
+            chain.activation = name
+            chain.nodes.append(user)
+
+    def _activation(self, node: Node) -> str | None:
+        module = self._module(node)
+        if module is not None:
+            return None if _special(module) else activation_of(module)
+        if node.op not in ("call_function", "call_method") or set(node.kwargs) - {"inplace"}:
+            return None
+        return _ACTIVATION_CALLS.get(node.target)
+
+    def _is_fresh(self, node: Node) -> bool:
+        """Whether nothing but its one user sees the memory of a node's result."""
+        made_anew = torch.nn.Conv2d, batchnorm._BatchNorm, FrozenConv2d
+        return isinstance(self._module(node), made_anew) and _only_user(node) is not None
+
+    def _ends_later_chain(self, node: Node, than: Node) -> bool:
+        """Whether a convolution that runs after ``than`` could add something to its result, ``node``."""
+        conv = node
+        if isinstance(self._module(node), torch.nn.BatchNorm2d) and node.all_input_nodes:
+            conv = node.all_input_nodes[0]
+        module = self._module(conv)
+        if not isinstance(module, (torch.nn.Conv2d, nn.ConvBnAct)) or self._why_not(conv) or conv not in _after(than):
+            return False
+        reached = self._chain_before_addition(conv)
+        return reached is node and _only_user(node) is not None
+
+    def _chain_before_addition(self, conv: Node) -> Node | None:
+        module = self._module(conv)
+        if isinstance(module, nn.ConvBnAct):
+            return conv if module.activation == "none" and len(conv.args) + len(conv.kwargs) == 1 else None
+        chain = _Chain([conv], module)  # type: ignore[arg-type]
+        self._take_norm(chain)
+        return chain.last
+
+    def _writes(self, node: Node) -> bool:
+        """Whether a node may change a tensor that exists. Modules made of others are not looked into, so they may."""
+        if node.op == "call_module":
+            module = self._module(node)
+            assert module is not None
+            known = isinstance(module, FrozenConv2d) or type(module).__module__.startswith(("torch.nn.", "fastconv.nn"))
+            return not known or _special(module) or bool(getattr(module, "inplace", False))
+        if node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            in_place = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", *_IN_PLACE_OPERATORS)
+            return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+        return False
+
+    # ---- Results ----------------------------------------------------------------------------------------------------------
+
+    def _frozen(self, chain: _Chain) -> str:
+        """The name of the frozen layer; calls that share their layers share it."""
+        target = str(chain.nodes[0].target)
+        key = id(chain.layer), id(chain.norm), chain.activation
+        if key not in self.names:
+            self.names[key] = f"frozen_{len(self.names)}.{target}"
+            self.frozen[self.names[key]] = FrozenConv2d(chain.layer, chain.norm, chain.activation)
+        return self.names[key]
+
+    def _count(self, chain: _Chain) -> None:
+        name = self.prefix + str(chain.nodes[0].target)
+        self.report.frozen.append(name)
+        if chain.norm is not None:
+            self.report.norms.append(name)
+        if chain.residual is not None:
+            self.report.residuals.append(name)
+        if chain.activation != "none":
+            self.report.activations[chain.activation] += 1
+
+    def _leave(self, node: Node, reason: str) -> None:
+        self.report.left.append(Kept(f"{self.prefix}{node.target}", type(self._module(node)).__name__, reason))
+
+    def _list_if_left(self, node: Node) -> None:
+        module = self._module(node)
+        before = self._module(node.all_input_nodes[0]) if node.all_input_nodes else None
+        if isinstance(module, batchnorm._NormBase):
+            self._leave(node, why_not_folded(module) or "there is no convolution before it that nothing else uses")
+        elif isinstance(before, FrozenConv2d) and type(module).__module__ == activation.__name__:
+            named = module is not None and activation_of(module)
+            self._leave(
+                node, "what it is given has other uses" if named else "the kernels' epilogue has no such activation"
+            )
+
+
+_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+
+
+def _special(module: Module) -> bool:
+    """Whether calling a layer is more than the layer."""
+    return hooked(module) or "forward" in vars(module) or parametrize.is_parametrized(module)
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _after(node: Node) -> Iterator[Node]:
+    while node.next.op != "root":
+        node = node.next
+        yield node
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    for node in _after(first):
+        if node is last:
+            return
+        yield node

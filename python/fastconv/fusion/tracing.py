@@ -1,0 +1,106 @@
+"""Which modules torch.fx follows, and what becomes of those that it cannot follow."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.fx import Graph, Tracer
+from torch.nn import Module
+from torch.nn.modules import batchnorm
+
+from fastconv import nn
+from fastconv.convert import Kept
+from fastconv.fusion.frozen import FrozenConv2d
+from fastconv.fusion.report import Report
+from fastconv.fusion.rewriting import hooked, rewrite, why_not_frozen
+
+_LAYERS: tuple[type[Module], ...] = tuple(getattr(nn, name) for name in nn.__all__)
+# They hold modules and compute nothing.
+_LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
+
+
+def freeze(module: Module, name: str, report: Report) -> None:
+    """Gives a module of a cloned tree, or the modules in it, a forward with frozen weights. ``name`` is its name in the model."""
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+        if any(module.children()):
+            report.untraced.append(
+                Kept(name, type(module).__name__, "its forward is its own, set on the object or compiled")
+            )
+        return
+    if isinstance(module, (torch.nn.Conv2d, nn.ConvBnAct)):
+        _freeze_layer(module, name, report)
+        return
+    if _is_layer(module):
+        if isinstance(module, batchnorm._NormBase):
+            report.left.append(Kept(name, type(module).__name__, "what comes before it is not known"))
+        return
+    reason = "" if isinstance(module, _LISTS) else _why_not(module)
+    if not reason and not isinstance(module, _LISTS):
+        try:
+            graph = _Follower().trace(module)
+        except (
+            Exception
+        ) as error:  # forward is anybody's code, which may fail in any way when it is given no real tensors
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'without a message').splitlines()[0]}"
+        else:
+            _freeze_leaves(graph, module, name, report)
+            frozen = rewrite(module, graph, name, report)
+            # Set past Module.__setattr__, which would make it a child: the tree stays as the model's own code expects it.
+            module.__dict__["forward"] = frozen.forward
+            return
+    if reason:
+        report.untraced.append(Kept(name, type(module).__name__, reason))
+    for key, child in module.named_children():
+        freeze(child, f"{name}.{key}" if name else key, report)
+
+
+def _freeze_layer(layer: torch.nn.Conv2d | nn.ConvBnAct, name: str, report: Report) -> None:
+    """A convolution whose neighbours are not known."""
+    reason = why_not_frozen(layer)
+    if reason:
+        report.left.append(Kept(name, type(layer).__name__, reason))
+        return
+    layer.__dict__["forward"] = FrozenConv2d.of(layer).forward
+    report.frozen.append(name)
+    if isinstance(layer, nn.ConvBnAct):
+        report.norms.append(name)
+        report.activations.update([layer.activation] * (layer.activation != "none"))
+
+
+class _Follower(Tracer):
+    """Follows everything but layers, and modules with hooks, which have to be called as modules."""
+
+    def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
+        return _is_layer(m) or hooked(m)
+
+
+def _is_layer(module: Module) -> bool:
+    """Whether this is a layer, torch's or ours, and not made of others."""
+    if isinstance(module, _LAYERS):
+        return True
+    kind = type(module)
+    return kind.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
+        module, (torch.nn.Sequential, *_LISTS)
+    )
+
+
+def _freeze_leaves(graph: Graph, module: Module, name: str, report: Report) -> None:
+    """Modules with hooks that are made of others: each by itself."""
+    targets = {node.target for node in graph.nodes if node.op == "call_module"}
+    for target in sorted(str(target) for target in targets):
+        leaf = module.get_submodule(target)
+        if not _is_layer(leaf):
+            freeze(leaf, f"{name}.{target}" if name else target, report)
+
+
+def _why_not(module: Module) -> str:
+    """Why a trace would not stand for every call of this module's forward; "" where it does."""
+    parameters: list[Any] = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            return f"its forward takes any arguments ({parameter})"
+        if parameter.default is not parameter.empty:
+            return f"its forward has an optional argument, {parameter.name}"
+    return ""

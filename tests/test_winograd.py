@@ -1,0 +1,68 @@
+"""What is special about Winograd's kernels: error by tile size, NaN within tiles, and when they are chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastconv
+from fastconv.testing import fill, harness
+from fastconv.testing.problems import ConvCase, parse
+from fastconv.testing.tolerance import relative_l2
+
+WINOGRAD = sorted({k.name for k in fastconv.kernels() if k.algorithm.startswith("winograd") and k.runnable})
+
+
+def tile_size(kernel: str) -> int:
+    return int(kernel.split(".")[1].removeprefix("winograd_f")[0])
+
+
+def conv_case(text: str) -> ConvCase:
+    case = parse(text)
+    assert isinstance(case, ConvCase)
+    return case
+
+
+@pytest.mark.parametrize("name", WINOGRAD)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_error_stays_within_what_the_default_may_pick(name: str, layout: str) -> None:
+    """2e-5 relative L2, oneDNN's own bound for float32 Winograd; on activations after a ReLU, as a network has."""
+    case = conv_case(f"n2c96h23w19k40r3s3u1p1d1g1-{layout}")
+    op = name.split(".")[0]
+    inputs, truth = harness.problem_data(op, case, fill.rectified if op == "conv2d_fwd" else fill.normal)
+    result = harness.run(op, case, "f32", inputs, force=name)
+    output = "y" if op == "conv2d_fwd" else "x"
+    assert relative_l2(result.outputs[output], truth.outputs[output]) <= {2: 2e-6, 4: 4e-6, 6: 2e-5}[tile_size(name)]
+
+
+@pytest.mark.parametrize("name", [k for k in WINOGRAD if "_fwd" in k])
+def test_a_nan_stays_in_the_tiles_that_read_it(name: str) -> None:
+    """It reaches every output that reads it and, at most, the rest of their tiles; other samples never."""
+    case = conv_case("n3c5h17w21k9r3s3u1p1d1g1-nchw")
+    inputs, _ = harness.problem_data("conv2d_fwd", case, fill.normal)
+    clean = harness.run("conv2d_fwd", case, "f32", inputs, force=name).outputs["y"]
+    m = tile_size(name)
+    for h, w in [(0, 0), (8, 11), (16, 20), (5, 12)]:
+        x = inputs["x"].copy()
+        x[1, 2, h, w] = np.nan
+        y = harness.run("conv2d_fwd", case, "f32", {**inputs, "x": x}, force=name).outputs["y"]
+        rows, columns = np.ogrid[:17, :21]
+        readers = (abs(rows - h) <= 1) & (abs(columns - w) <= 1)
+        near = (-1, 0, 1)
+        tiles = np.isin(rows // m, [(h + i) // m for i in near]) & np.isin(columns // m, [(w + i) // m for i in near])
+        spoiled = np.isnan(y)
+        assert spoiled[1][:, readers].all(), "outputs that read the NaN"
+        assert not spoiled[1][:, ~tiles].any(), "outputs of other tiles"
+        assert not spoiled[[0, 2]].any(), "other samples"
+        assert np.array_equal(y[~spoiled], clean[~spoiled])
+
+
+def test_strict_accuracy_rules_it_out() -> None:
+    torch = pytest.importorskip("torch")
+    x, w = torch.randn(8, 64, 56, 56), torch.randn(64, 64, 3, 3)
+    assert "winograd" in fastconv.explain("conv2d_fwd", x, w, padding=1).chosen
+    fastconv.set_accuracy("strict")
+    try:
+        assert "winograd" not in fastconv.explain("conv2d_fwd", x, w, padding=1).chosen
+    finally:
+        fastconv.set_accuracy("fast")
