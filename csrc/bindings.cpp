@@ -39,6 +39,15 @@ Activation parse_activation(const std::string& name) {
 
 Stride4 stride4(const Quad& s) { return {s[0], s[1], s[2], s[3]}; }
 
+SdpaStride sdpa_stride(const Quad& s) { return {s[0], s[1], s[2], s[3]}; }
+
+MaskKind parse_mask(const std::string& name) {
+  if (name == "none") return MaskKind::none;
+  if (name == "boolean") return MaskKind::boolean;
+  if (name == "additive") return MaskKind::additive;
+  throw std::invalid_argument("mask: got '" + name + "', expected none, boolean or additive");
+}
+
 template <class T>
 T* address(uintptr_t value) {
   return reinterpret_cast<T*>(value);
@@ -60,6 +69,15 @@ void run_conv2d(const AnyPlan& plan, uintptr_t x, uintptr_t w, uintptr_t bias, u
 
 void run_pool2d(const AnyPlan& plan, uintptr_t x, uintptr_t y, uintptr_t indices, std::optional<uintptr_t> workspace) {
   run(plan, Pool2dArgs{address<void>(x), address<void>(y), address<int64_t>(indices)}, workspace);
+}
+
+// In the order of SdpaArgs, 0 for what is absent.
+void run_sdpa(const AnyPlan& plan, const std::array<uintptr_t, 12>& a, std::optional<uintptr_t> workspace) {
+  run(plan,
+      SdpaArgs{address<void>(a[0]), address<void>(a[1]), address<void>(a[2]), address<void>(a[3]), address<void>(a[4]),
+               address<void>(a[5]), address<void>(a[6]), address<void>(a[7]), address<void>(a[8]), address<void>(a[9]),
+               address<void>(a[10]), address<void>(a[11])},
+      workspace);
 }
 
 template <class Problem>
@@ -169,6 +187,37 @@ void bind_problems(py::module_& m) {
            }),
            py::kw_only(), "dtype"_a, "N"_a, "C"_a, "H"_a, "W"_a, "P"_a, "Q"_a, "R"_a, "S"_a, "stride"_a, "pad"_a, "dilation"_a,
            "x"_a, "y"_a, "divisor_override"_a = 0, "count_include_pad"_a = true, "adaptive"_a = false);
+  py::class_<SdpaProblem>(m, "SdpaProblem")
+      .def(py::init([](const std::string& dtype, int64_t B, int64_t Hq, int64_t Hkv, int64_t Lq, int64_t Lkv, int64_t D,
+                       int64_t Dv, double scale, double softcap, const std::string& mask_kind, Pair band, double dropout,
+                       int64_t key, const std::array<Quad, 5>& strides, const std::array<Quad, 4>& gradient_strides) {
+             if (Hkv <= 0 || Hq % Hkv != 0) throw std::invalid_argument("Hkv must divide Hq");
+             return SdpaProblem{.dtype = parse_dtype(dtype),
+                                .B = B,
+                                .Hq = Hq,
+                                .Hkv = Hkv,
+                                .Lq = Lq,
+                                .Lkv = Lkv,
+                                .D = D,
+                                .Dv = Dv,
+                                .scale = scale,
+                                .softcap = softcap,
+                                .mask_kind = parse_mask(mask_kind),
+                                .band = {band[0], band[1]},
+                                .dropout = {dropout, key},
+                                .q = sdpa_stride(strides[0]),
+                                .k = sdpa_stride(strides[1]),
+                                .v = sdpa_stride(strides[2]),
+                                .out = sdpa_stride(strides[3]),
+                                .mask = sdpa_stride(strides[4]),
+                                .dout = sdpa_stride(gradient_strides[0]),
+                                .dq = sdpa_stride(gradient_strides[1]),
+                                .dk = sdpa_stride(gradient_strides[2]),
+                                .dv = sdpa_stride(gradient_strides[3])};
+           }),
+           py::kw_only(), "dtype"_a, "B"_a, "Hq"_a, "Hkv"_a, "Lq"_a, "Lkv"_a, "D"_a, "Dv"_a, "scale"_a, "softcap"_a = 0.0,
+           "mask_kind"_a = "none", "band"_a, "dropout"_a = 0.0, "key"_a = 0, "strides"_a,
+           "gradient_strides"_a = std::array<Quad, 4>{});
 }
 
 template <class Problem>
@@ -196,12 +245,14 @@ PYBIND11_MODULE(_C, m) {
   bind_problems(m);
   bind_selection<Conv2dProblem>(m);
   bind_selection<Pool2dProblem>(m);
+  bind_selection<SdpaProblem>(m);
   py::class_<AnyPlan>(m, "Plan")
       .def_property_readonly("kernel", &AnyPlan::kernel)
       .def_property_readonly("workspace", &AnyPlan::workspace)
       .def_property_readonly("threads", &AnyPlan::threads)
       .def("run_conv2d", &run_conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "y"_a, "workspace"_a = py::none())
-      .def("run_pool2d", &run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a = py::none());
+      .def("run_pool2d", &run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a = py::none())
+      .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none());
   if (!add_eager_calls(m.ptr())) throw py::error_already_set();
   m.def("kernels", &kernels);
   m.def("machine", &machine);

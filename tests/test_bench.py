@@ -17,7 +17,7 @@ from fastconv.bench import context, main, peaks, readme, schema
 from fastconv.bench.cases import Conv, make
 from fastconv.bench.networks import layer_cases
 from fastconv.bench.runner import Settings, derive, error_of, run
-from fastconv.bench.shapes import LinearShape, parse_conv, parse_linear, parse_pool, short
+from fastconv.bench.shapes import LinearShape, parse_conv, parse_linear, parse_pool, parse_sdpa, short
 from fastconv.bench.summary import group, losses, rows, scaling
 from fastconv.testing.timing import Contestant, Probe, Protocol, Samples, geometric_mean, interleave
 
@@ -75,6 +75,16 @@ def test_linear_shape() -> None:
 
 
 @pytest.mark.parametrize(
+    "text, flops",
+    [("n1h16q2048d64", 4 * 16 * 2048**2 * 64), ("n2h8q4g2k6d8v4+causal", 4 * 8 * (1 + 2 + 3 + 4) * (8 + 4))],
+)
+def test_sdpa_shape(text: str, flops: int) -> None:
+    shape = parse_sdpa(text)
+    assert parse_sdpa(short(shape)) == shape
+    assert make("sdpa", shape, "fwd").flops == flops
+
+
+@pytest.mark.parametrize(
     "parse, text, message",
     [
         (parse_conv, "c64h56k64", "missing field 'r'"),
@@ -88,6 +98,9 @@ def test_linear_shape() -> None:
         (parse_pool, "c64h56r3p0x1x0x1", "both sides alike"),
         (parse_pool, "c64h56a7r3", "has no window"),
         (parse_linear, "m3i4", "missing field 'o'"),
+        (parse_sdpa, "h16q2048", "missing field 'd'"),
+        (parse_sdpa, "h16g3q8d4", "g must divide h"),
+        (parse_sdpa, "h16q8d4+bias", "only .causal"),
     ],
 )
 def test_bad_shape(parse: Any, text: str, message: str) -> None:

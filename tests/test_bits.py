@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from fastconv.testing import fill, grids, harness
-from fastconv.testing.problems import AVG_POOL_OPS, CONV_OPS, MAX_POOL_OPS, Case
+from fastconv.testing.attention import SDPA_OPS, SdpaCase
+from fastconv.testing.problems import AVG_POOL_OPS, CONV_OPS, MAX_POOL_OPS, Case, parse
 
-SAMPLE_OPS = ("conv2d_fwd", "conv2d_dgrad", *MAX_POOL_OPS, *AVG_POOL_OPS)
-REPEATING_LAYOUTS = ("expand", "expand_y", "scalar_y")
+SAMPLE_OPS = ("conv2d_fwd", "conv2d_dgrad", *MAX_POOL_OPS, *AVG_POOL_OPS, *SDPA_OPS)
+REPEATING_LAYOUTS = ("expand", "expand_y", "scalar_y", "shared", "scalar")
 # Squares overflow and products with anything are far from the sample's.
 HUGE = 3e37
 
@@ -23,6 +24,8 @@ def same_bits(a: harness.Arrays, b: harness.Arrays) -> bool:
 def some(cases: tuple[Case, ...], count: int) -> list[Case]:
     """About ``count`` of the cases, spread over the grid, with one sample of its own memory each."""
     plain = [replace(case, N=1) for case in cases if case.layout not in REPEATING_LAYOUTS]
+    # Which weights dropout drops depends on the place in the batch.
+    plain = [case for case in plain if not getattr(case, "dropout", 0.0)]
     return list(dict.fromkeys(plain[:: max(1, len(plain) // count)]))
 
 
@@ -32,6 +35,8 @@ def in_company(op: str, case: Case, inputs: harness.Arrays, neighbours: list[flo
     for name, value in inputs.items():
         if name in ("w", "bias"):
             batch[name] = value
+        elif name == "mask" and isinstance(case, SdpaCase) and "b" not in case.mask:
+            batch[name] = np.broadcast_to(value, (len(neighbours), *value.shape[1:]))
         elif name == "indices":
             batch[name] = np.concatenate([value] * len(neighbours))
         else:
@@ -86,8 +91,12 @@ def chosen(op: str, case: Case, dtype: str, threads: int) -> str:
     return str(harness.native().plan(op, harness.native_problem(case, dtype), threads).kernel)
 
 
+def size(case: Case) -> int:
+    return case.N * (case.Lq * case.Lkv if isinstance(case, SdpaCase) else case.C * case.H * case.W)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
-@pytest.mark.parametrize("op", CONV_OPS + MAX_POOL_OPS + AVG_POOL_OPS)
+@pytest.mark.parametrize("op", CONV_OPS + MAX_POOL_OPS + AVG_POOL_OPS + SDPA_OPS)
 def test_selection_keeps_the_bits(op: str, dtype: str) -> None:
     """A batch or a thread count may select another kernel only if both make the same bits of a sample."""
     batches = (1,) if op == "conv2d_wgrad" else (1, 2, 3, 8, 64)
@@ -98,7 +107,53 @@ def test_selection_keeps_the_bits(op: str, dtype: str) -> None:
         for other in names - {base}:
             pairs.setdefault((base, other), []).append(case)
     for (base, other), cases in pairs.items():
-        for case in sorted(cases, key=lambda c: c.N * c.C * c.H * c.W)[:: max(1, len(cases) // 8)]:
+        for case in sorted(cases, key=size)[:: max(1, len(cases) // 8)]:
             inputs = harness.make_inputs(op, case, fill.normal)
             a, b = (harness.run(op, case, dtype, inputs, force=name).outputs for name in (base, other))
             assert same_bits(a, b), f"{op} {case}: batch or threads change {base} to {other}, and the bits with it"
+
+
+@pytest.mark.ops("sdpa_fwd")
+def test_queries_keep_their_bits_among_others(kernel: str) -> None:
+    """A query's result follows from itself and the keys: the other queries, their number and where tiles end do not show."""
+    _, _, dtype, _ = kernel.split(".")
+    for text in ("n1h2g1q45k70d9v20-bhld", "n1h1g1q800k1100d8v8-bhld+lower", "n1h2g2q33k40d16v16-blhd+mask_qk+cap3"):
+        case = parse(text)
+        assert isinstance(case, SdpaCase)
+        inputs = harness.make_inputs("sdpa_fwd", case)
+        whole = harness.run("sdpa_fwd", case, dtype, inputs, force=kernel).outputs
+        for first, count in ((0, 1), (case.Lq - 1, 1), (7, 5), (3, case.Lq - 3)):
+            # With the lower right corner for the upper left, a slice of the queries sees what it saw.
+            last = first + count
+            part = replace(case, Lq=count, causal="lower" if case.causal else "")
+            some = {n: v[:, :, first:last] if n in ("q", "mask") else v for n, v in inputs.items()}
+            if case.causal:
+                keys = case.Lkv - case.Lq + last
+                part = replace(part, Lkv=keys)
+                some |= {n: v[:, :, :keys] for n, v in inputs.items() if n in ("k", "v")}
+            alone = harness.run("sdpa_fwd", part, dtype, some, force=kernel).outputs
+            mine = {name: value[:, :, first:last] for name, value in whole.items()}
+            assert same_bits(mine, alone), f"{kernel} on {case}: queries {first} to {last} have other bits alone"
+
+
+@pytest.mark.ops("sdpa_fwd")
+def test_what_a_query_does_not_see_may_hold_anything(kernel: str) -> None:
+    """Keys and values behind a causal edge or a boolean mask, as in a cache that is longer than what was written to it."""
+    _, _, dtype, _ = kernel.split(".")
+    for text in ("n1h1g1q12k33d8v8-bhld+causal", "n1h2g1q30k32d8v24-blhd+lower", "n1h1g1q24k24d8v8-bhld+lower+window3"):
+        case = parse(text)
+        assert isinstance(case, SdpaCase)
+        inputs = harness.make_inputs("sdpa_fwd", case)
+        clean = harness.run("sdpa_fwd", case, dtype, inputs, force=kernel).outputs
+        for rubbish in (np.nan, np.inf):
+            spoiled = {n: v.copy() for n, v in inputs.items()}
+            for name in ("k", "v"):
+                spoiled[name][:, :, 5:] = rubbish
+            got = harness.run("sdpa_fwd", case, dtype, spoiled, force=kernel).outputs
+            sees = [i for i in range(case.Lq) if i + case.band[1] < 5]
+            for name in ("out", "lse"):
+                mine, before = (
+                    np.ascontiguousarray(got[name][:, :, sees]),
+                    np.ascontiguousarray(clean[name][:, :, sees]),
+                )
+                assert mine.tobytes() == before.tobytes(), f"{kernel} on {case}: {name} changes with what is hidden"

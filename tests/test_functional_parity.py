@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ OPS = {
 }
 NAMES = sorted(OPS)
 
+# rtol and atol where torch's own tests of these samples take others than its defaults: scores up to 200.
+TOLERANCES = {("scaled_dot_product_attention", torch.float32): {"rtol": 5e-6, "atol": 5e-5}}
+
 # Ops that have no kernels of their own.
 ALWAYS_TORCH = {"conv3d"}
 
@@ -32,15 +36,24 @@ def test_every_function_that_torch_has_samples_for() -> None:
     assert set(NAMES) == expected
 
 
-def assert_same(ours: Any, theirs: Any, exact: bool = False) -> None:
+def assert_same(ours: Any, theirs: Any, exact: bool = False, name: str = "", strides: bool = True) -> None:
     """Same structure, shapes, strides, dtypes; values equal or within torch's default tolerance for the dtype."""
     if not isinstance(theirs, Tensor):
         assert type(ours) is type(theirs)
         for one, other in zip(ours, theirs, strict=True):
-            assert_same(one, other, exact)
+            assert_same(one, other, exact, name, strides)
         return
-    tolerance = {"rtol": 0, "atol": 0} if exact or not theirs.is_floating_point() else {}
-    torch.testing.assert_close(ours, theirs, equal_nan=True, check_stride=True, **tolerance)
+    tolerance = TOLERANCES.get((name, theirs.dtype), {})
+    if exact or not theirs.is_floating_point():
+        tolerance = {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(ours, theirs, equal_nan=True, check_stride=strides, **tolerance)
+
+
+def samples(op: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Without those that drop weights at random: that generator is ours, see test_attention_op."""
+    for sample in op.sample_inputs(*args, **kwargs):
+        if not 0 < sample.kwargs.get("dropout_p", 0.0) < 1:
+            yield sample
 
 
 def leaves(sample: Any) -> list[Tensor]:
@@ -63,16 +76,17 @@ def test_samples(name: str, dtype: torch.dtype) -> None:
     exact = name.startswith(("max_pool", "adaptive_max_pool"))
     before = fallback_counts()
     count = 0
-    for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+    for sample in samples(op, "cpu", dtype, requires_grad=True):
         expected = op.op(sample.input, *sample.args, **sample.kwargs)
         found = function(sample.input, *sample.args, **sample.kwargs)
-        assert_same(found, expected, exact)
+        assert_same(found, expected, exact, name)
         inputs = leaves(sample)
         for ours_, theirs in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
             if theirs is None:
                 assert ours_ is None
             else:
-                assert_same(ours_, theirs)
+                # Those of attention's gradients depend on which of torch's implementations answers.
+                assert_same(ours_, theirs, name=name, strides=name != "scaled_dot_product_attention")
         count += 1
     assert count >= 6
     if name not in ALWAYS_TORCH:
@@ -86,9 +100,10 @@ def test_samples_without_gradient(name: str) -> None:
     # Every seventh of the max pools' 1440: seven has no factor in common with the lists they are the product of.
     step = 7 if name.startswith("max_pool") else 1
     with torch.no_grad():
-        for sample in itertools.islice(op.sample_inputs("cpu", torch.float32), 0, None, step):
+        for sample in itertools.islice(samples(op, "cpu", torch.float32), 0, None, step):
             expected = op.op(sample.input, *sample.args, **sample.kwargs)
-            assert_same(function(sample.input, *sample.args, **sample.kwargs), expected, name.startswith("max_pool"))
+            found = function(sample.input, *sample.args, **sample.kwargs)
+            assert_same(found, expected, name.startswith("max_pool"), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,12 +111,12 @@ def test_samples_channels_last(name: str) -> None:
     op = OPS[name]
     function = getattr(ours, name)
     step = 7 if name.startswith("max_pool") else 1
-    for sample in itertools.islice(op.sample_inputs("cpu", torch.float32), 0, None, step):
+    for sample in itertools.islice(samples(op, "cpu", torch.float32), 0, None, step):
         if not isinstance(sample.input, Tensor) or sample.input.dim() != 4:
             continue
         x = sample.input.contiguous(memory_format=torch.channels_last)
         expected = op.op(x, *sample.args, **sample.kwargs)
-        assert_same(function(x, *sample.args, **sample.kwargs), expected)
+        assert_same(function(x, *sample.args, **sample.kwargs), expected, name=name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,12 +127,12 @@ def test_other_dtypes_give_torch_s_answer_and_are_counted(name: str, dtype: torc
         pytest.skip(f"torch's {name} has no {dtype}")
     function = getattr(ours, name)
     before = sum(fallback_counts().values())
-    samples = list(itertools.islice(op.sample_inputs("cpu", dtype), 20))
+    some = list(itertools.islice(samples(op, "cpu", dtype), 20))
     with fallback("silent"):
-        for sample in samples:
+        for sample in some:
             expected = op.op(sample.input, *sample.args, **sample.kwargs)
             assert_same(function(sample.input, *sample.args, **sample.kwargs), expected, exact=True)
-    assert sum(fallback_counts().values()) == before + len(samples)
+    assert sum(fallback_counts().values()) == before + len(some)
 
 
 class fallback:

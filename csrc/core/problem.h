@@ -88,4 +88,50 @@ struct Pool2dProblem {
   Stride4 x, y;
 };
 
+enum class MaskKind : int32_t { none, boolean, additive };
+
+// Strides of (batch, head, position, feature); of a mask: (batch, head, query, key), 0 where it is broadcast.
+struct SdpaStride {
+  int64_t b, h, l, d;
+};
+
+// Which keys there are: query i sees the keys i + low .. i + high that exist. Everything is low = -Lq, high = Lkv; causal is
+// high = 0 counted from the upper left corner and high = Lkv - Lq from the lower right; a window bounds both.
+struct Band {
+  int64_t low, high;
+};
+
+// Attention weights are kept with probability 1 - p; which ones follows from the key and from (b, h, i, j), see
+// blocks/dropout.h.
+struct Dropout {
+  double p;
+  int64_t key;
+};
+
+// out, dout, dq, dk, dv: forward writes out and (where given) lse, backward reads them. lse (B, Hq, Lq), dlse likewise and dmask
+// (B, Hq, Lq, Lkv) are contiguous; lse, dlse, mask and dmask may be absent.
+struct SdpaArgs {
+  void *q, *k, *v, *mask, *out, *lse;
+  void *dout, *dlse, *dq, *dk, *dv, *dmask;
+};
+
+// Scaled dot product attention of Hq query heads, Hq/Hkv of which share a head of keys and values:
+//
+//   s[i,j]  = softcap( scale * sum_d q[i,d] * k[j,d] ) + mask[i,j]      where j lies in the band of i, else -inf
+//   out[i]  = sum_j exp(s[i,j] - lse[i]) * v[j],   lse[i] = log sum_j exp(s[i,j])
+//
+// with softcap(x) = softcap * tanh(x / softcap), or x where softcap is 0. A boolean mask is bytes, 0 for -inf. A query that sees
+// no key has out = 0, lse = -inf and no gradient. D features of queries and keys, Dv of values.
+struct SdpaProblem {
+  using Args = SdpaArgs;
+  Dtype dtype;
+  int64_t B, Hq, Hkv, Lq, Lkv, D, Dv;
+  double scale, softcap;
+  MaskKind mask_kind;
+  Band band;
+  Dropout dropout;
+  SdpaStride q, k, v, out, mask;
+  SdpaStride dout, dq, dk, dv;
+};
+
 }  // namespace fastconv

@@ -12,6 +12,8 @@ using max_pool2d_fwd_problem = Pool2dProblem;
 using max_pool2d_bwd_problem = Pool2dProblem;
 using avg_pool2d_fwd_problem = Pool2dProblem;
 using avg_pool2d_bwd_problem = Pool2dProblem;
+using sdpa_fwd_problem = SdpaProblem;
+using sdpa_bwd_problem = SdpaProblem;
 
 // kernels.def is read once for each target that this build has: first to declare the constants, then to list them.
 #define FC_SYMBOL(op, algorithm, dtype) op##_##algorithm##_##dtype

@@ -39,6 +39,11 @@ double nominal_cost(const std::string& op, const Kernel<Problem>& kernel, Proble
   return rows ? many : (many + double(kNominalBatch) * kernel.cost(problem, machine)) / 2;
 }
 
+double nominal_cost(const std::string&, const Kernel<SdpaProblem>& kernel, SdpaProblem problem, const Machine& machine) {
+  problem.B = kNominalBatch;
+  return kernel.cost(problem, machine);
+}
+
 }  // namespace
 
 template <class Problem>
@@ -91,7 +96,9 @@ Plan<Problem> choose(const std::string& op, const Problem& problem, int threads,
 
 template std::vector<Candidate> candidates(const std::string&, const Conv2dProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const Pool2dProblem&, const Wish&);
+template std::vector<Candidate> candidates(const std::string&, const SdpaProblem&, const Wish&);
 template Plan<Conv2dProblem> choose(const std::string&, const Conv2dProblem&, int, const Wish&);
 template Plan<Pool2dProblem> choose(const std::string&, const Pool2dProblem&, int, const Wish&);
+template Plan<SdpaProblem> choose(const std::string&, const SdpaProblem&, int, const Wish&);
 
 }  // namespace fastconv

@@ -1,4 +1,4 @@
-// One plan for either kind of problem, so that Python holds a single class, and the scratch memory that plans run in.
+// One plan for any kind of problem, so that Python holds a single class, and the scratch memory that plans run in.
 #pragma once
 
 #include <string>
@@ -13,6 +13,7 @@ class AnyPlan {
  public:
   explicit AnyPlan(Plan<Conv2dProblem> plan) : plan_(std::move(plan)) {}
   explicit AnyPlan(Plan<Pool2dProblem> plan) : plan_(std::move(plan)) {}
+  explicit AnyPlan(Plan<SdpaProblem> plan) : plan_(std::move(plan)) {}
 
   const std::string& kernel() const {
     return std::visit([](const auto& plan) -> const std::string& { return plan.row->name; }, plan_);
@@ -28,9 +29,10 @@ class AnyPlan {
     return std::visit([](const auto& plan) { return plan.kernel->cost(plan.problem, plan.machine); }, plan_);
   }
 
-  // Without the GIL. Throws std::bad_variant_access where the plan is for the other kind of problem.
+  // Without the GIL. Throws std::bad_variant_access where the plan is for another kind of problem.
   void run(const Conv2dArgs& args, void* workspace) const { run(std::get<Plan<Conv2dProblem>>(plan_), args, workspace); }
   void run(const Pool2dArgs& args, void* workspace) const { run(std::get<Plan<Pool2dProblem>>(plan_), args, workspace); }
+  void run(const SdpaArgs& args, void* workspace) const { run(std::get<Plan<SdpaProblem>>(plan_), args, workspace); }
 
  private:
   template <class Problem>
@@ -38,7 +40,7 @@ class AnyPlan {
     plan.kernel->run(plan.problem, args, {&plan.machine, workspace});
   }
 
-  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>> plan_;
+  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>> plan_;
 };
 
 }  // namespace fastconv

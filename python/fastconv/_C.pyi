@@ -62,6 +62,28 @@ class Pool2dProblem:
         adaptive: bool = False,
     ) -> None: ...
 
+class SdpaProblem:
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        B: int,
+        Hq: int,
+        Hkv: int,
+        Lq: int,
+        Lkv: int,
+        D: int,
+        Dv: int,
+        scale: float,
+        softcap: float = 0.0,
+        mask_kind: str = "none",
+        band: Sequence[int],
+        dropout: float = 0.0,
+        key: int = 0,
+        strides: Sequence[Sequence[int]],
+        gradient_strides: Sequence[Sequence[int]] = ...,
+    ) -> None: ...
+
 class Plan:
     @property
     def kernel(self) -> str: ...
@@ -71,6 +93,7 @@ class Plan:
     def threads(self) -> int: ...
     def run_conv2d(self, x: int, w: int, bias: int, residual: int, y: int, workspace: int | None = None) -> None: ...
     def run_pool2d(self, x: int, y: int, indices: int, workspace: int | None = None) -> None: ...
+    def run_sdpa(self, addresses: Sequence[int], workspace: int | None = None) -> None: ...
 
 def kernels() -> list[KernelInfo]: ...
 def machine() -> dict[str, Any]: ...
@@ -83,9 +106,13 @@ def plan(op: str, problem: Conv2dProblem, threads: int, force: str = "", strict:
 @overload
 def plan(op: str, problem: Pool2dProblem, threads: int, force: str = "", strict: bool = False) -> Plan: ...
 @overload
+def plan(op: str, problem: SdpaProblem, threads: int, force: str = "", strict: bool = False) -> Plan: ...
+@overload
 def explain(op: str, problem: Conv2dProblem, force: str = "", strict: bool = False) -> list[tuple[str, str, float]]: ...
 @overload
 def explain(op: str, problem: Pool2dProblem, force: str = "", strict: bool = False) -> list[tuple[str, str, float]]: ...
+@overload
+def explain(op: str, problem: SdpaProblem, force: str = "", strict: bool = False) -> list[tuple[str, str, float]]: ...
 
 # ---- Calls on torch's tensors: csrc/eager --------------------------------------------------------------------------------------
 #

@@ -1,4 +1,4 @@
-"""Convolution, pooling and linear layers for PyTorch on kernels of our own.
+"""Convolution, pooling, linear and attention layers for PyTorch on kernels of our own.
 
     import fastconv
     y = fastconv.functional.conv2d(x, w, padding=1)     # torch.nn.functional's signatures
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import functional, models, nn, numpy
+    from ._attention import sdpa
     from .control import build_info, explain, kernels, set_accuracy, use
     from .conversion import convert, revert
     from .fallback import FallbackWarning, fallback_counts, set_fallback
@@ -34,6 +35,7 @@ _HOMES = {
     "kernels": "control",
     "observe": "plan",
     "revert": "conversion",
+    "sdpa": "_attention",
     "set_accuracy": "control",
     "set_fallback": "fallback",
     "unfuse": "fusion",
@@ -56,6 +58,7 @@ __all__ = [
     "numpy",
     "observe",
     "revert",
+    "sdpa",
     "set_accuracy",
     "set_fallback",
     "unfuse",

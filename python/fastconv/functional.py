@@ -1,4 +1,6 @@
-"""torch.nn.functional's convolutions, pools and linear on fastconv's kernels: same signatures, results, formats and exceptions.
+"""torch.nn.functional's convolutions, pools, linear and attention on fastconv's kernels.
+
+Signatures, results, memory formats and exceptions are torch's.
 
 What torch accepts is accepted here: where no kernel of ours applies, torch computes the result and `fastconv.fallback_counts`
 says how often and why.
@@ -7,6 +9,7 @@ says how often and why.
 from __future__ import annotations
 
 from . import _resolvers  # noqa: F401 - registers itself, as does the next
+from ._attention import scaled_dot_product_attention
 from ._convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, linear
 from ._pooling import (
     adaptive_avg_pool1d,
@@ -43,6 +46,7 @@ __all__ = [
     "max_pool1d_with_indices",
     "max_pool2d",
     "max_pool2d_with_indices",
+    "scaled_dot_product_attention",
 ]
 
 # They are public here, wherever they are written: in reprs, pickles and the code that torch.fx makes.

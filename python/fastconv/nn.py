@@ -1,4 +1,4 @@
-"""torch.nn's convolutions, pools and Linear on fastconv's kernels.
+"""torch.nn's convolutions, pools, Linear and MultiheadAttention on fastconv's kernels.
 
 Each class subclasses the one it is named after: constructor, initialisation, parameters, repr, state_dict and pickle are torch's,
 and so is every error of the constructor. Only the forward pass differs, and it calls `fastconv.functional`.
@@ -16,8 +16,10 @@ from torch.nn.modules.utils import _pair
 
 from . import _fused, _same_pooling
 from . import functional as F
+from ._attention import sdpa
 from ._folding import ACTIVATION_LAYERS, fold, why_not_folded
 from ._padding import SAME, same
+from .fallback import note
 
 __all__ = [
     "AdaptiveAvgPool1d",
@@ -35,6 +37,7 @@ __all__ = [
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
+    "MultiheadAttention",
 ]
 
 
@@ -268,3 +271,45 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` whose attention runs on fastconv's kernels; the projections around it are torch's.
+
+    With `need_weights=True`, torch's default, somebody wants the matrix that our kernels never store: torch computes the whole
+    call then, and it is counted (see `fastconv.set_fallback`).
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if need_weights or any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
+            note("MultiheadAttention", "need_weights=True" if need_weights else "nested tensors")
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        batched = self.batch_first and query.dim() == 3
+        if batched:
+            # One projection serves operands that are the same tensor: they have to stay that.
+            turned = {id(t): t.transpose(0, 1) for t in (query, key, value)}
+            query, key, value = (turned[id(t)] for t in (query, key, value))
+        own: dict[str, Any] = {}
+        if not self._qkv_same_embed_dim:
+            weights = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            own = {"use_separate_proj_weight": True, **{name: getattr(self, name) for name in weights}}
+        with sdpa():
+            out, _ = torch.nn.functional.multi_head_attention_forward(
+                query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias,
+                self.bias_k, self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
+                training=self.training, key_padding_mask=key_padding_mask, need_weights=False, attn_mask=attn_mask,
+                is_causal=is_causal, **own,
+            )  # fmt: skip
+        return (out.transpose(0, 1) if batched else out), None

@@ -37,6 +37,8 @@ OPS = (
     "max_pool2d_bwd",
     "avg_pool2d_fwd",
     "avg_pool2d_bwd",
+    "sdpa_fwd",
+    "sdpa_bwd",
 )
 
 
@@ -81,8 +83,8 @@ Question = tuple[
 class Plan:
     """One problem with the kernel chosen for it.
 
-    `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d` or `run_pool2d`, the workspace left out:
-    the compiled module has scratch memory of its own for each thread.
+    `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d`, `run_pool2d` or `SdpaArgs`, the
+    workspace left out: the compiled module has scratch memory of its own for each thread.
     """
 
     __slots__ = ("dtype", "kernel", "native", "question", "run", "shapes", "workspace")
@@ -93,6 +95,8 @@ class Plan:
         self.kernel = native.kernel
         self.workspace = native.workspace
         self.run: Callable[..., None] = native.run_pool2d if "pool" in question[0] else native.run_conv2d
+        if question[0].startswith("sdpa"):
+            self.run = lambda *addresses: native.run_sdpa(addresses)
         self.dtype = dtype
         self.shapes = shapes
 
@@ -187,9 +191,30 @@ def pool2d_problem(
     )  # fmt: skip
 
 
+def sdpa_problem(
+    dtype: str,
+    operands: Mapping[str, tuple[Shape, Shape]],
+    mask_kind: str,
+    scale: float,
+    band: tuple[int, int],
+    softcap: float = 0.0,
+    dropout: tuple[float, int] = (0.0, 0),
+) -> _C.SdpaProblem:
+    """Operands as (shape, strides): q (B, Hq, Lq, D), k, v (B, Hkv, Lkv, D or Dv), out, and where they are wanted mask (B, Hq,
+    Lq, Lkv), dout, dq, dk, dv.
+    """
+    (B, Hq, Lq, D), (_, Hkv, Lkv, _), (*_, Dv) = operands["q"][0], operands["k"][0], operands["v"][0]
+    none = ((), (0, 0, 0, 0))
+    strides = [operands.get(name, none)[1] for name in ("q", "k", "v", "out", "mask", "dout", "dq", "dk", "dv")]
+    return _C.SdpaProblem(
+        dtype=dtype, B=B, Hq=Hq, Hkv=Hkv, Lq=Lq, Lkv=Lkv, D=D, Dv=Dv, scale=scale, softcap=softcap, mask_kind=mask_kind,
+        band=band, dropout=dropout[0], key=dropout[1], strides=strides[:5], gradient_strides=strides[5:],
+    )  # fmt: skip
+
+
 def make(
     op: str,
-    problem: _C.Conv2dProblem | _C.Pool2dProblem,
+    problem: _C.Conv2dProblem | _C.Pool2dProblem | _C.SdpaProblem,
     dtype: str,
     shapes: tuple[Shape, ...],
     threads: int,

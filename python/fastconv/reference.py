@@ -13,6 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._reference_attention import Attention as Attention
+from ._reference_attention import dropout_factors as dropout_factors
+from ._reference_attention import sdpa as sdpa
+from ._reference_attention import sdpa_bwd as sdpa_bwd
+
 Array = NDArray[np.float64]
 Input = NDArray[Any]
 Pair = tuple[int, int]

@@ -174,4 +174,8 @@ FC_INLINE void store_even(double* p, vec<double> a, int n) {
 FC_INLINE float reduce_add(vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 FC_INLINE double reduce_add(vec<double> a) { return _mm512_reduce_add_pd(a.v); }
 
+// The largest lane.
+FC_INLINE float reduce_max(vec<float> a) { return _mm512_reduce_max_ps(a.v); }
+FC_INLINE double reduce_max(vec<double> a) { return _mm512_reduce_max_pd(a.v); }
+
 }  // namespace fastconv::FASTCONV_TARGET

@@ -160,4 +160,12 @@ FC_INLINE T reduce_add(vec<T> a) {
   return a.v[0];
 }
 
+// The largest lane.
+template <class T>
+FC_INLINE T reduce_max(vec<T> a) {
+  T largest = a.v[0];
+  for (int i = 1; i < kLanes<T>; ++i) largest = a.v[i] > largest ? a.v[i] : largest;
+  return largest;
+}
+
 }  // namespace fastconv::FASTCONV_TARGET

@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastconv.functional
-from fastconv.bench.shapes import LinearShape, Shape, short
+from fastconv.bench.shapes import LinearShape, SdpaShape, Shape, short
 from fastconv.testing.problems import ConvCase, PoolCase
 
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 POOLS = ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d")
-PASSES = dict.fromkeys(("conv2d", "linear"), ("fwd", "dgrad", "wgrad")) | dict.fromkeys(POOLS, ("fwd", "bwd"))
+PASSES = dict.fromkeys(("conv2d", "linear"), ("fwd", "dgrad", "wgrad")) | dict.fromkeys(
+    (*POOLS, "sdpa"), ("fwd", "bwd")
+)
 """Public op to the passes it can be timed in."""
 
 # Work spent on one float64 truth: at the 20 to 40 GFLOP/s of torch's float64 convolution, a tenth to a fifth of a
@@ -396,4 +398,8 @@ def make(op: str, shape: Shape, direction: str, **common: Any) -> Case:
         return Conv(op, direction, **common, problem=shape)
     if isinstance(shape, PoolCase):
         return Pool(op, direction, **common, problem=shape)
+    if isinstance(shape, SdpaShape):
+        from fastconv.bench.attention import Sdpa
+
+        return Sdpa(op, direction, **common, problem=shape)
     return Linear(op, direction, **common, problem=shape)

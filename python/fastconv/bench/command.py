@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 targets:
-  conv2d | linear | max_pool2d | avg_pool2d | adaptive_avg_pool2d | adaptive_max_pool2d | pool (both plain kinds)
+  conv2d | linear | sdpa | max_pool2d | avg_pool2d | adaptive_avg_pool2d | adaptive_max_pool2d | pool (both plain kinds)
   resnet50 …            every distinct layer of a model, with how often it occurs
   model resnet50 …      the whole converted model; with --train a training step (forward, backward, SGD)
   call                  what a call on a tiny problem costs
@@ -47,6 +47,16 @@ _DEFAULT_SHAPES = {
         "c512h14k512r3p1g512",
     ),
     "linear": ("i2048o1000", "m197i768o3072"),
+    "sdpa": (
+        "h16q2048d64",
+        "h16q2048d64+causal",
+        "h16q2048d128",
+        "h16q2048d128+causal",
+        "h12q197d64",
+        "h8q512d64",
+        "h12q1k4096d64",
+        "h32g8q1k4096d128",
+    ),
     "max_pool2d": ("c64h112r3u2p1", "c64h224r2"),
     "avg_pool2d": ("c64h112r3u2p1", "c128h56r2"),
     "adaptive_avg_pool2d": ("c2048h7a1", "c512h14a7"),
@@ -274,7 +284,7 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
 
 def _op_cases(target: str, args: argparse.Namespace) -> list[Case]:
     from fastconv.bench.cases import PASSES, POOLS, make
-    from fastconv.bench.shapes import Shape, batched, parse_conv, parse_linear, parse_pool
+    from fastconv.bench.shapes import Shape, batched, parse_conv, parse_linear, parse_pool, parse_sdpa
     from fastconv.models import names
 
     if target == "pool":
@@ -283,7 +293,7 @@ def _op_cases(target: str, args: argparse.Namespace) -> list[Case]:
         raise UsageError(
             f"no op or model named {target!r}, expected {', '.join(PASSES)}, pool, call or {', '.join(names())}"
         )
-    parsers: dict[str, Callable[[str], Shape]] = {"conv2d": parse_conv, "linear": parse_linear}
+    parsers: dict[str, Callable[[str], Shape]] = {"conv2d": parse_conv, "linear": parse_linear, "sdpa": parse_sdpa}
     parse = parsers.get(target, parse_pool)
     try:
         shapes: list[Shape] = [parse(text) for text in args.shape or _DEFAULT_SHAPES[target]]

@@ -5,6 +5,7 @@
     pools        n1c64h112w112r3s3u2p1        as above, without filters and groups; +ceil, +exclude_pad, +div9
     adaptive     n1c2048h7w7a1x1              the output's size
     linear       m197i768o3072                rows, input features, output features
+    sdpa         n1h16q2048d64+causal         heads, queries, features; g heads of keys, k keys, v features of values
 
 These are the ids of ``fastconv.testing.problems`` with everything optional that has an obvious value: n, u, d, g are 1,
 p is 0, w is h, s is r, and a pool's stride is its window, as in torch. Several numbers are joined by x: u2x1, p0x1x0x1.
@@ -35,7 +36,28 @@ class LinearShape:
         return f"m{self.m}i{self.i}o{self.o}"
 
 
-Shape = ConvCase | PoolCase | LinearShape
+@dataclass(frozen=True)
+class SdpaShape:
+    """n batch elements of h heads of q queries and g heads of k keys, with d features and v of a value."""
+
+    n: int
+    h: int
+    g: int
+    q: int
+    k: int
+    d: int
+    v: int
+    causal: bool = False
+
+    def __str__(self) -> str:
+        fields = {"n": self.n, "h": self.h, "q": self.q}
+        fields |= {"g": self.g} if self.g != self.h else {}
+        fields |= {"k": self.k} if self.k != self.q else {}
+        fields |= {"d": self.d} | ({"v": self.v} if self.v != self.d else {})
+        return "".join(f"{letter}{number}" for letter, number in fields.items()) + "+causal" * self.causal
+
+
+Shape = ConvCase | PoolCase | LinearShape | SdpaShape
 
 AnyCase = TypeVar("AnyCase", ConvCase, PoolCase)
 
@@ -81,9 +103,22 @@ def parse_linear(text: str) -> LinearShape:
     return LinearShape(int(fields.get("m", "1")), int(fields["i"]), int(fields["o"]))
 
 
+def parse_sdpa(text: str) -> SdpaShape:
+    """``h16q2048d64+causal`` to an SdpaShape."""
+    fields, extras = _split(text, known="nhgqkdv", needed="hqd")
+    if extras not in ("", "+causal"):
+        raise ValueError(f"shape {text!r}: only +causal can be timed, got {extras!r}")
+    f = {"n": "1", "g": fields["h"], "k": fields["q"], "v": fields["d"]} | fields
+    n, h, g, q, k, d, v = (int(f[letter]) for letter in "nhgqkdv")
+    shape = SdpaShape(n, h, g, q, k, d, v, bool(extras))
+    if min(shape.n, shape.h, shape.g, shape.q, shape.k, shape.d, shape.v) < 1 or shape.h % shape.g:
+        raise ValueError(f"shape {text!r}: every size must be positive and g must divide h")
+    return shape
+
+
 def short(shape: Shape) -> str:
     """The shortest string that parses back to the same problem: what has its default value is left out, but for n."""
-    if isinstance(shape, LinearShape):
+    if isinstance(shape, (LinearShape, SdpaShape)):
         return str(shape)
     body, _, extras = str(shape).partition("-nchw")
     fields: dict[str, str] = dict(_FIELD.findall(body))
@@ -99,6 +134,8 @@ def batched(shape: Shape, n: int) -> Shape:
     """The same problem for ``n`` samples; a linear's rows are those of one sample."""
     if isinstance(shape, LinearShape):
         return replace(shape, m=n * shape.m)
+    if isinstance(shape, SdpaShape):
+        return replace(shape, n=n)
     return replace(shape, N=n)
 
 

@@ -42,8 +42,8 @@ class Row:
 
     @property
     def layout(self) -> str:
-        """``nchw`` or ``nhwc``; empty for a Linear, which has but one."""
-        return "" if self.match["op"] == "linear" else str(self.entry["layout"])
+        """``nchw`` or ``nhwc``; empty for a Linear and attention, which have but one."""
+        return "" if self.match["op"] in ("linear", "sdpa") else str(self.entry["layout"])
 
     @property
     def threads(self) -> int:

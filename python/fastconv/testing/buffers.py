@@ -34,10 +34,15 @@ def strides_of(shape: tuple[int, ...], layout: str) -> tuple[tuple[int, ...], in
     Activations (N, C, H, W): nchw, nhwc; rows and planes are nchw with gaps after each row or after each image's
     channels, slice is nhwc with the channels cut from wider ones, step takes every other column, turned has H and W
     exchanged, expand repeats one image and one row, scalar repeats one element. Weights (K, C, R, S): kcrs, krsc, ckrs,
-    and flip, which is kcrs read backwards.
+    and flip, which is kcrs read backwards. Attention's (B, H, L, D): heads is (B, L, H, D) in memory, shared repeats one
+    batch element. Masks (B, H, Lq, Lkv): mask_ and the letters of bhqk that are not broadcast.
     """
     a, b, c, d = shape
+    if layout.startswith("mask_"):
+        return _mask_strides(shape, layout.removeprefix("mask_"))
     strides = {
+        "heads": (b * c * d, d, b * d, 1),
+        "shared": (0, c * d, d, 1),
         "nchw": (b * c * d, c * d, d, 1),
         "nhwc": (b * c * d, 1, d * b, b),
         "rows": (b * (c + 2) * (d + 3), (c + 2) * (d + 3), d + 3, 1),
@@ -55,6 +60,14 @@ def strides_of(shape: tuple[int, ...], layout: str) -> tuple[tuple[int, ...], in
     reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
     offset = -sum(v for v in reach if v < 0)
     return strides, offset, offset + sum(v for v in reach if v > 0) + 1
+
+
+def _mask_strides(shape: tuple[int, ...], letters: str) -> tuple[tuple[int, ...], int, int]:
+    strides, step = [0] * 4, 1
+    for i in reversed(range(4)):
+        if "bhqk"[i] in letters:
+            strides[i], step = step, step * shape[i]
+    return tuple(strides), 0, step
 
 
 class Block:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import cycle
 
+from fastconv.testing.attention import sdpa_grid
 from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
 
 # Around the widths of vectors (4, 8, 16 lanes), of register tiles (14, 28, 32, 48, 64) and their remainders.
@@ -267,5 +268,6 @@ def pool_grid() -> tuple[PoolCase, ...]:
 @cache
 def grid(op: str) -> tuple[Case, ...]:
     """The problems of an op."""
-    cases = conv_grid() if op.startswith("conv2d") else pool_grid()
+    cases: tuple[Case, ...]
+    cases = conv_grid() if op.startswith("conv2d") else sdpa_grid() if op.startswith("sdpa") else pool_grid()
     return tuple(case for case in cases if op in case.ops)

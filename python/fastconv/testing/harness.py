@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastconv import _native, reference
 from fastconv.testing import fill, grids, tolerance
+from fastconv.testing.attention import SdpaCase, native_sdpa, sdpa_inputs, sdpa_truth
 from fastconv.testing.buffers import CANARY, Block, Operand, Place, strides_of
 from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
 
@@ -46,6 +47,8 @@ def native() -> Any:
 @cache
 def native_problem(case: Case, dtype: str) -> Any:
     """The case as the compiled module's problem, with the strides of its layout."""
+    if isinstance(case, SdpaCase):
+        return native_sdpa(native(), case, dtype)
     formats = LAYOUTS[case.layout]
     x = _strides(case.x_shape, formats[0])
     y = _strides(case.y_shape, formats[2])
@@ -83,6 +86,8 @@ def verdicts(op: str, case: Case, dtype: str) -> dict[str, str]:
 
 def make_inputs(op: str, case: Case, values: fill.Fill = fill.normal) -> Arrays:
     """Logical arrays of what the op reads, the same for every dtype. Elements that a layout repeats are repeated."""
+    if isinstance(case, SdpaCase):
+        return sdpa_inputs(op, case, values)
     formats = LAYOUTS[case.layout]
     shapes = {"x": (case.x_shape, formats[0]), "y": (case.y_shape, formats[2])}
     if isinstance(case, ConvCase):
@@ -182,6 +187,8 @@ def _average(op: str, case: PoolCase, inputs: Arrays) -> Array:
 def problem_data(op: str, case: Case, values: fill.Fill = fill.normal) -> tuple[Arrays, Truth]:
     """Inputs and truth of an op on a case, computed once for all kernels."""
     inputs = make_inputs(op, case, values)
+    if isinstance(case, SdpaCase):
+        return inputs, Truth(*sdpa_truth(op, case, inputs))
     with np.errstate(invalid="ignore"):
         truth = _conv_truth(op, case, inputs) if isinstance(case, ConvCase) else _pool_truth(op, case, inputs)
     return inputs, truth
@@ -221,6 +228,9 @@ def run(
     scratch_address = workspace.address if plan.workspace else 0
     if isinstance(case, ConvCase):
         plan.run_conv2d(*(address.get(name, 0) for name in ("x", "w", "bias", "residual", "y")), scratch_address)
+    elif isinstance(case, SdpaCase):
+        every = ("q", "k", "v", "mask", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "dmask")
+        plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
     else:
         plan.run_pool2d(*(address.get(name, 0) for name in ("x", "y", "indices")), scratch_address)
     memories: dict[str, Operand | Block] = {**operands, "workspace": workspace}
@@ -241,6 +251,9 @@ def run(
 
 def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> dict[str, Operand]:
     kind = NUMPY_DTYPES[dtype]
+    if isinstance(case, SdpaCase):
+        kinds = dict.fromkeys(case.operands(op), kind) | ({"mask": np.dtype(np.bool_)} if case.boolean else {})
+        return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, inputs.get(n)) for n in kinds}
     x_format, w_format, y_format = LAYOUTS[case.layout]
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any], str]] = {
         "x": (case.x_shape, kind, x_format),

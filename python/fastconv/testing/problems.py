@@ -3,6 +3,7 @@
     n2c64h14w14k65r3s3u1p1d1g1-nhwc+bias+relu      a convolution
     n1c8h7w9r3s3u2p1d1-nchw+ceil                   a pooling; +exclude_pad and +div5 are average pooling's
     n1c8h7w9a3x2-nchw                              an adaptive pooling to 3x2
+    n2h4g2q33k65d16v24-bhld+causal                 an attention, see testing.attention
 
 u is the stride, p the padding (top, bottom, left, right), d the dilation; a number with no x holds for all sides. The
 word after the dash is the memory layout of x, w and y, see LAYOUTS.
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastconv import reference
+from fastconv.testing.attention import SdpaCase, parse_sdpa
 
 Pair = tuple[int, int]
 Pad4 = tuple[int, int, int, int]
@@ -195,7 +197,7 @@ class PoolCase:
         return "+".join([f"{sizes}{window}-{self.layout}", *extras])
 
 
-Case = ConvCase | PoolCase
+Case = ConvCase | PoolCase | SdpaCase
 
 _LIST = r"-?\d+(?:x-?\d+)*"
 _CONV = re.compile(
@@ -271,6 +273,8 @@ def parse(text: str) -> Case:
     if m := _ADAPTIVE.fullmatch(text):
         n, c, h, w, p, q = (int(v) for v in m.groups()[:6])
         return PoolCase(n, c, h, w, adaptive=(p, q), layout=_layout(m[7]))
+    if sdpa := parse_sdpa(text):
+        return sdpa
     raise ValueError(
         f"not a problem id: {text!r} (examples: n1c8h7w7k16r3s3u1p1d1g1-nhwc+bias, n1c8h7w7r3s3u2p1d1-nchw)"
     )

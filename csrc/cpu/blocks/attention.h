@@ -1,0 +1,177 @@
+// What attention's forward and backward share: how queries and keys are cut up, and the scores of a tile of queries.
+//
+// A unit is one head of keys and values of one batch element; its rows are the queries of all heads that share it, one after the
+// other. Keys are cut into blocks and blocks into segments at places that depend on Lkv alone, and so do all sums over keys.
+#pragma once
+
+#include "core/kernel.h"
+#include "cpu/blocks/gemm_tile.h"
+#include "cpu/blocks/split.h"
+
+namespace fastconv::FASTCONV_TARGET {
+
+// The register tile is gemm_tile's: 6 queries x 64 keys with AVX-512, where the scores of a tile against a block of keys take
+// 6 KB of the 32 KB L1 and the panel of keys that is being multiplied 16 KB at 64 features.
+template <class T>
+struct AttentionTile {
+  static constexpr int kVectors = GemmTile::kMaxVectors;
+  static constexpr int64_t kRows = GemmTile::rows(kVectors);
+  static constexpr int64_t kPanel = int64_t(kVectors) * kLanes<T>;  // keys
+  static constexpr int64_t kKeys = 512 / kPanel * kPanel;           // most of a block
+};
+
+// Keys of a block. What is done once for each query and block costs 60 cycles, a tenth of 256 keys at 64 features: 512 keys as
+// long as they and their values take half of the L2 (512 KB at 128 features: 77.6 % of peak against 76.0 with 256 keys).
+template <class T>
+FC_INLINE int64_t block_keys(const SdpaProblem& a) {
+  constexpr int64_t kFew = 256 / AttentionTile<T>::kPanel * AttentionTile<T>::kPanel;
+  return (a.D + a.Dv) * int64_t(sizeof(T)) * AttentionTile<T>::kKeys <= 512 * 1024 ? AttentionTile<T>::kKeys : kFew;
+}
+
+// A segment is what threads may share out where there are few queries: 1000 keys or more, so that adding up segments costs
+// nothing, and at most 16, which bounds what their partial results take.
+template <class T>
+FC_INLINE int64_t segment_keys(const SdpaProblem& a) {
+  constexpr int64_t kMost = 16;
+  const int64_t keys = block_keys<T>(a), least = 1024 / keys, even = (a.Lkv + kMost * keys - 1) / (kMost * keys);
+  return keys * (even > least ? even : least);
+}
+template <class T>
+FC_INLINE int64_t segment_count(const SdpaProblem& a) {
+  const int64_t keys = segment_keys<T>(a);
+  return (a.Lkv + keys - 1) / keys;
+}
+
+// EvenSplit for inner loops: the larger parts come first, and only the constructor divides (40 cycles for 64 bits).
+struct Parts {
+  int64_t parts, least, larger;
+  FC_INLINE Parts(int64_t count, int64_t most)
+      : parts((count + most - 1) / most), least(parts ? uint32_t(count) / uint32_t(parts) : 0), larger(count - parts * least) {}
+  FC_INLINE int64_t begin(int64_t part) const { return part * least + (part < larger ? part : larger); }
+  FC_INLINE int64_t size(int64_t part) const { return least + (part < larger); }
+};
+
+struct KeyRange {
+  int64_t begin, end;  // empty when end <= begin
+  FC_INLINE bool empty() const { return end <= begin; }
+};
+
+FC_INLINE KeyRange meet(KeyRange a, KeyRange b) { return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end}; }
+FC_INLINE KeyRange join(KeyRange a, KeyRange b) {
+  if (a.empty() || b.empty()) return a.empty() ? b : a;
+  return {a.begin < b.begin ? a.begin : b.begin, a.end > b.end ? a.end : b.end};
+}
+
+// Row r of a unit: query i of head h.
+struct QueryRow {
+  int64_t h, i;
+};
+FC_INLINE int64_t unit_rows(const SdpaProblem& a) { return a.Hq / a.Hkv * a.Lq; }
+FC_INLINE QueryRow query_row(const SdpaProblem& a, int64_t hkv, int64_t r) { return {hkv * (a.Hq / a.Hkv) + r / a.Lq, r % a.Lq}; }
+// The next row. Dividing for every row of a tile would cost as much as a tenth of its scores.
+FC_INLINE void advance(const SdpaProblem& a, QueryRow& row) {
+  if (++row.i == a.Lq) row.i = 0, ++row.h;
+}
+FC_INLINE KeyRange visible_keys(const SdpaProblem& a, int64_t i) {
+  return meet({i + a.band.low, i + a.band.high + 1}, {0, a.Lkv});
+}
+// Whether some query sees only a part of the keys.
+FC_INLINE bool is_banded(const SdpaProblem& a) { return a.band.low > 1 - a.Lq || a.band.high < a.Lkv - 1; }
+
+// All keys that rows begin .. begin + count - 1 of a unit see.
+FC_INLINE KeyRange visible_keys(const SdpaProblem& a, int64_t begin, int64_t count) {
+  if (!is_banded(a)) return {0, a.Lkv};
+  KeyRange all{0, 0};
+  QueryRow row = query_row(a, 0, begin);
+  for (int64_t m = 0; m < count; ++m, advance(a, row)) all = join(all, visible_keys(a, row.i));
+  return all;
+}
+
+// p[b][h][l] + offset of a tensor with these strides.
+template <class T>
+FC_INLINE T* at(void* p, const SdpaStride& s, int64_t b, int64_t h, int64_t l) {
+  return static_cast<T*>(p) + b * s.b + h * s.h + l * s.l;
+}
+
+// Rows first .. first + count - 1 of one unit.
+struct UnitRows {
+  int64_t b, hkv, first, count;
+};
+
+// Keys as they lie, `count` of a block from `source` on.
+template <class T>
+struct LooseKeys {
+  const T* source;
+  SdpaStride stride;
+  int64_t count;
+  T* panel;  // [D][kPanel]: each is packed here when it is its turn, and is multiplied while it is in the L1
+};
+
+// At most AttentionTile::kRows rows against a block of keys.
+template <class T>
+struct ScoreTile {
+  UnitRows rows;
+  int64_t first_key;  // of the block
+  KeyRange keys;      // those that some row sees, counted from first_key
+  const T* q;         // [rows][q_step], as pack_queries lays them
+  int64_t q_step;
+  const T* k;  // [panel][D][kPanel]
+  T* s;        // [rows][s_step]
+  int64_t s_step;
+  T* slope;                             // [rows][s_step]: what the softcap makes of a small change, where that is wanted
+  const LooseKeys<T>* loose = nullptr;  // in place of k, where no other tile reads these keys
+};
+
+// Fills s[m][j] for the whole vectors that cover `keys`, -inf where a query does not see a key. What is there times the returned
+// factor, which is never negative, is the score in units of log 2.
+template <class T>
+T scores(const SdpaProblem& a, const void* mask, const ScoreTile<T>& tile);
+
+// The plain product of panels: s[m][j] = sum over d of q[m][d] * k[j][d], for the whole vectors that cover `keys`.
+template <class T>
+void dot_products(const ScoreTile<T>& tile, int64_t features);
+
+// out[m][c] = sum over d < depth of a[m*a_row + d*a_step] * b[d*b_step + c], plus what is there when `accumulate`. The width is a
+// multiple of the lanes.
+template <class T>
+struct Product {
+  const T* a;
+  int64_t a_row, a_step;
+  const T* b;
+  int64_t b_step, depth;
+  T* out;
+  int64_t out_step;
+};
+template <class T>
+void multiply(int64_t rows, int64_t width, const Product<T>& product, bool accumulate);
+
+// `count` positions of a head as rows [position][width], zeros from feature `features` on; the width is a multiple of the lanes.
+template <class T>
+void pack_rows(const T* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, T* rows);
+
+// The same for `count` rows of a unit, from a tensor with a head for each head of queries.
+template <class T>
+void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const T* source, const SdpaStride& stride, int64_t features,
+                    int64_t width, T* rows);
+
+// Queries of a unit, negated where the scale is negative: what follows then only knows scales that are not.
+template <class T>
+void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, T* rows);
+
+// Those panels [panel][features][kPanel] of a block of keys that cover `keys`.
+template <class T>
+void pack_panels(const T* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, T* panels);
+
+#define FC_ATTENTION(T)                                                                                                        \
+  extern template T scores(const SdpaProblem&, const void*, const ScoreTile<T>&);                                              \
+  extern template void dot_products(const ScoreTile<T>&, int64_t);                                                             \
+  extern template void multiply(int64_t, int64_t, const Product<T>&, bool);                                                    \
+  extern template void pack_rows(const T*, const SdpaStride&, int64_t, int64_t, int64_t, T*);                                  \
+  extern template void pack_queries(const SdpaProblem&, const UnitRows&, void*, int64_t, T*);                                  \
+  extern template void pack_unit_rows(const SdpaProblem&, const UnitRows&, const T*, const SdpaStride&, int64_t, int64_t, T*); \
+  extern template void pack_panels(const T*, const SdpaStride&, int64_t, int64_t, KeyRange, T*);
+FC_ATTENTION(float)
+FC_ATTENTION(double)
+#undef FC_ATTENTION
+
+}  // namespace fastconv::FASTCONV_TARGET

@@ -1,0 +1,326 @@
+"""torch.nn.functional.scaled_dot_product_attention on fastconv's kernels, with options that torch has not."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.overrides import has_torch_function_variadic
+
+from ._arguments import as_int, describe
+from ._routes import check_one_device, for_torch, overridden
+from .ops import sdpa as ops
+
+_OP = "scaled_dot_product_attention"
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(`query` `key`ᵀ · `scale` + `attn_mask`) `value`: `torch.nn.functional.scaled_dot_product_attention`.
+
+    `query` (..., L, E), `key` (..., S, E), `value` (..., S, Ev), leading dimensions broadcast; returns (..., L, Ev). A boolean
+    mask is True where a key is seen; a floating one is added. `is_causal` counts from the upper left corner, and
+    `torch.nn.attention.bias.causal_lower_right` as `attn_mask` from the other. Mask and `is_causal` may be combined. A query that
+    sees no key gives 0 and has no gradient. With `enable_gqa`, heads of `query` share those of `key` and `value` in groups.
+    float32 and float64 on the CPU run on our kernels, which store nothing of size L x S.
+
+    Not in torch: `window` lets a query see that many keys on each side of its own (or (before, after); -1 for all), on the
+    diagonal that the causal mask has; `softcap` c makes a score c·tanh(score/c) (Gemma 2); `return_lse` returns (output,
+    log-sum-exp of the scores (..., L)), both differentiable.
+
+    Raises RuntimeError where shapes, dtypes or devices do not fit or `dropout_p` is no probability, TypeError where an argument
+    is of the wrong kind, NotImplementedError where an option that torch has not meets tensors that only torch can serve.
+    """
+    if has_torch_function_variadic(query, key, value) or (
+        has_torch_function_variadic(attn_mask) and not isinstance(attn_mask, CausalBias)
+    ):
+        return overridden(  # type: ignore[no-any-return]
+            scaled_dot_product_attention,
+            _theirs,
+            tuple(t for t in (query, key, value, attn_mask) if t is not None),
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    bias = attn_mask if isinstance(attn_mask, CausalBias) else None
+    mask = None if bias is not None else attn_mask
+    tensors = _tensors(query, key, value, mask)
+    more = [
+        name
+        for name, used in (("window", window is not None), ("softcap", softcap), ("return_lse", return_lse))
+        if used
+    ]
+    check_one_device(_OP, tensors)
+    if mask is not None and not mask.is_floating_point():
+        tensors["attn_mask"] = None  # no dtype that a kernel would lack: boolean, or an error
+    if for_torch(_OP, tensors, True):
+        if more:
+            raise NotImplementedError(
+                f"{_OP}: {', '.join(more)} needs float32 or float64 on the CPU, got {query.dtype}"
+            )
+        return _theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    p = _probability(dropout_p)
+    if bias is not None and is_causal:
+        raise ValueError("CausalBias should not be used with causal=True: got is_causal=True beside a causal attn_mask")
+    _check_operands(query, key, value, mask)
+    heads = _Heads(query, key, value, enable_gqa)
+    L, S = query.shape[-2], key.shape[-2]
+    lower_right = bias is not None and bias.variant == CausalVariant.LOWER_RIGHT
+    if bias is not None and (bias.seq_len_q, bias.seq_len_kv) != (L, S):
+        raise RuntimeError(f"attn_mask is a causal bias of {bias.seq_len_q} x {bias.seq_len_kv}, expected {L} x {S}")
+    low, high = _band(window, is_causal or bias is not None, S - L if lower_right else 0, L, S)
+    options = ops.Options(
+        _scale(scale, query.shape[-1]), low, high, float(softcap or 0.0), p, _draw() if 0 < p < 1 else 0
+    )
+    if options.softcap < 0:
+        raise RuntimeError(f"{_OP}: softcap has to be positive, but got {softcap}")
+    whole = heads.mask(mask, query.dtype)
+    if not return_lse:
+        return heads.undo(ops.sdpa_out(heads.q, heads.k, heads.v, whole, options))
+    out, lse = ops.sdpa(heads.q, heads.k, heads.v, whole, options)
+    return heads.undo(out), heads.undo(lse)
+
+
+def _tensors(query: Any, key: Any, value: Any, mask: Any) -> dict[str, Tensor | None]:
+    for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", mask)):
+        if not isinstance(t, Tensor) and not (name == "attn_mask" and t is None):
+            raise TypeError(f"{_OP}(): argument '{name}' must be Tensor, not {describe(t)}")
+    return {"query": query, "key": key, "value": value, "attn_mask": mask}
+
+
+def _probability(p: Any) -> float:
+    probability = float(p)
+    if not 0 <= probability <= 1:
+        raise RuntimeError(
+            f"dropout probability has to be between 0 and 1, but got {probability:g}: dropout_p of {_OP}()"
+        )
+    return probability
+
+
+def _scale(scale: Any, features: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(features) if features else 1.0
+    return float(scale)
+
+
+def _draw() -> int:
+    """A key of 63 bits from torch's generator: the same dropout for the same torch.manual_seed."""
+    return int(torch.randint(2**63 - 1, (), dtype=torch.int64).item())
+
+
+def _band(window: Any, causal: bool, diagonal: int, L: int, S: int) -> tuple[int, int]:
+    """The first and the last key that query i sees, counted from i."""
+    low, high = -L, diagonal if causal else S
+    if window is None:
+        return low, high
+    sides = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    found = tuple(as_int(side) for side in sides)
+    if len(found) != 2 or None in found or min(found) < -1:
+        raise TypeError(f"{_OP}(): argument 'window' must be an int or two ints, -1 or more, got {window!r}")
+    before, after = found
+    if before >= 0:
+        low = max(low, diagonal - before)
+    if after >= 0:
+        high = min(high, diagonal + after)
+    return low, high
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """torch's checks, and two that it has not: keys and values of different length, and features of different number."""
+    dtypes = f"query.dtype: {query.dtype} key.dtype: {key.dtype} and value.dtype: {value.dtype} instead."
+    if not query.dtype == key.dtype == value.dtype:
+        raise RuntimeError(f"Expected query, key, and value to have the same dtype, but got {dtypes}")
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise RuntimeError(
+            "Expected query, key, and value to all be  at least 2 dimensional, but got query.dim: "
+            f"{query.dim()} key.dim: {key.dim()} and value.dim: {value.dim()} instead."
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(
+            f"{_OP}(): query has {query.shape[-1]} features and key {key.shape[-1]}: Expected size for first two dimensions of "
+            f"batch2 tensor to be: [.., {query.shape[-1]}] but got: [.., {key.shape[-1]}]."
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            f"{_OP}(): key has length {key.shape[-2]} and value {value.shape[-2]}, expected the same: got key of shape "
+            f"{list(key.shape)} and value of shape {list(value.shape)}"
+        )
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(
+            "Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: "
+            f"{mask.dtype} and  query.dtype: {query.dtype} instead."
+        )
+
+
+def _broadcast(shapes: Sequence[torch.Size], what: str) -> tuple[int, ...]:
+    """The shape that all of them broadcast to, with torch's sentence where there is none."""
+    rank = max(len(shape) for shape in shapes)
+    found: list[int] = []
+    for dim in range(-rank, 0):
+        sizes = [shape[dim] for shape in shapes if len(shape) >= -dim]
+        size = next((s for s in sizes if s != 1), 1)
+        for s in sizes:
+            if s not in (1, size):
+                raise RuntimeError(
+                    f"The size of tensor a ({size}) must match the size of tensor b ({s}) at non-singleton dimension "
+                    f"{rank + dim}: {what} of {_OP}() have shapes {[list(shape) for shape in shapes]}"
+                )
+        found.append(size)
+    return tuple(found)
+
+
+class _Heads:
+    """Operands of any rank as (B, H, L, E), and results back. Nothing is copied where the rank is at most 4."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> None:
+        if grouped:
+            key, value = self._groups(query, key, value)
+        leading = [t.shape[: -3 if grouped else -2] for t in (query, key, value)]
+        self.batch = _broadcast(leading, "query, key and value")
+        if grouped:
+            self.batch = (*self.batch, query.shape[-3])
+        self.scores = (*self.batch, query.shape[-2], key.shape[-2])
+        # A head of keys and values that all heads of queries share stays one.
+        shared = not grouped and len(self.batch) > 0 and all(t.dim() < 3 or t.shape[-3] == 1 for t in (key, value))
+        kv = self.batch[:-1] + ((1,) if shared else (key.shape[-3],) if grouped else self.batch[-1:])
+        self.q, self.k, self.v = self._four(query, self.batch), self._four(key, kv), self._four(value, kv)
+
+    def _groups(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if min(query.dim(), key.dim(), value.dim()) < 3:
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [-2, 1], but got -3): {_OP}() with enable_gqa needs heads, "
+                f"got {query.dim()}, {key.dim()} and {value.dim()} dimensions"
+            )
+        heads, of_key, of_value = query.shape[-3], key.shape[-3], value.shape[-3]
+        if of_key == 0 or of_value == 0 or heads % of_key or heads % of_value:
+            raise RuntimeError(
+                "Number of heads in key and value must divide the number of heads in query, but got "
+                f"{of_key} and {of_value} for {heads}"
+            )
+        if of_key != of_value:
+            key, value = key.repeat_interleave(heads // of_key, -3), value.repeat_interleave(heads // of_value, -3)
+        return key, value
+
+    def _four(self, t: Tensor, batch: tuple[int, ...]) -> Tensor:
+        t = t.expand(*batch, *t.shape[-2:])
+        if len(batch) < 2:
+            return t[(None,) * (2 - len(batch))]
+        return t if len(batch) == 2 else t.flatten(0, len(batch) - 2)
+
+    def mask(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The mask in 4 dimensions, of size 1 where it is broadcast."""
+        if mask is None:
+            return None
+        if mask.dim() < 2:
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [-1, 0], but got -2): attn_mask of {_OP}() has shape "
+                f"{list(mask.shape)}, expected {list(self.scores)} or what broadcasts to it"
+            )
+        if (
+            mask.dim() > len(self.scores)
+            or _broadcast([torch.Size(self.scores), mask.shape], "scores and attn_mask") != self.scores
+        ):
+            raise RuntimeError(f"attn_mask of {_OP}() has shape {list(mask.shape)}, expected {list(self.scores)} or 1s")
+        if mask.dtype is not torch.bool:
+            mask = mask.to(dtype)
+        if len(self.scores) <= 4:
+            return mask[(None,) * (4 - mask.dim())]
+        leading = mask.dim() - 3
+        if leading > 0 and any(size != 1 for size in mask.shape[:leading]):
+            mask = mask.expand(*self.batch[:-1], *mask.shape[-3:])
+        return mask.flatten(0, mask.dim() - 4) if leading > 0 else mask[(None,) * (4 - mask.dim())]
+
+    def undo(self, t: Tensor) -> Tensor:
+        if len(self.batch) < 2:
+            return t[(0,) * (2 - len(self.batch))]
+        return t if len(self.batch) == 2 else t.unflatten(0, self.batch[:-1])
+
+
+# torch's function, and how many blocks have ours in its place.
+_theirs = F.scaled_dot_product_attention
+_lock = threading.Lock()
+_blocks = 0
+_routed: ContextVar[bool] = ContextVar("fastconv_sdpa", default=False)
+
+
+@functools.wraps(_theirs)
+def _routing(*args: Any, **kwargs: Any) -> Any:
+    return (scaled_dot_product_attention if _routed.get() else _theirs)(*args, **kwargs)
+
+
+@contextmanager
+def sdpa() -> Iterator[None]:
+    """While the block runs, `torch.nn.functional.scaled_dot_product_attention` is fastconv's, in this thread (or asyncio task).
+
+        with fastconv.sdpa():
+            y = model(x)
+
+    Modules of torch and of other libraries call it by that name, so nothing in them has to change; a name that somebody has
+    imported from there stays torch's. What has no kernel of ours goes to torch and is counted, see `fastconv.set_fallback`.
+    """
+    global _blocks
+    with _lock:
+        _blocks += 1
+        F.scaled_dot_product_attention = _routing
+    token = _routed.set(True)
+    try:
+        yield
+    finally:
+        _routed.reset(token)
+        with _lock:
+            _blocks -= 1
+            if not _blocks:
+                F.scaled_dot_product_attention = _theirs

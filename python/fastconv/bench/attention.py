@@ -1,0 +1,79 @@
+"""Attention as a bench case: one layout, a forward or a backward, and peak memory is what nobody stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastconv.bench.cases import Call, Layer
+from fastconv.bench.shapes import SdpaShape
+
+
+@dataclass
+class Sdpa(Layer):
+    """(B, H, L, E) in memory, which is called nchw here because its torch contestant is the plain one."""
+
+    problem: SdpaShape = field(kw_only=True)
+
+    @property
+    def family(self) -> str:
+        p = self.problem
+        return "decode" if p.q == 1 else "causal attention" if p.causal else "attention"
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return ("nchw",)
+
+    @property
+    def kernel_ops(self) -> tuple[str, ...]:
+        return (f"sdpa_{self.direction}",)
+
+    @property
+    def flops(self) -> float:
+        """Two products forward, five backward (the scores are computed again); of a causal mask what it leaves."""
+        p = self.problem
+        seen = sum(min(i + 1, p.k) for i in range(p.q)) if p.causal else p.q * p.k
+        products = p.d + p.v if self.direction == "fwd" else 3 * p.d + 2 * p.v
+        return 2.0 * p.n * p.h * seen * products
+
+    @property
+    def moved(self) -> int:
+        p = self.problem
+        forward = p.n * (p.h * p.q + p.g * p.k) * (p.d + p.v)
+        return (forward if self.direction == "fwd" else 2 * forward + p.n * p.h * p.q * p.v) * self.itemsize
+
+    @property
+    def error_bound(self) -> float:
+        """A weighted mean of k values has 1 / sqrt(k) of their size, and the weights are off by the scores' rounding."""
+        p = self.problem
+        return 4 * self._sum_bound(p.d + p.v) + self._sum_bound(p.k)
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        p = self.problem
+        shapes = (p.n, p.h, p.q, p.d), (p.n, p.g, p.k, p.d), (p.n, p.g, p.k, p.v), (p.n, p.h, p.q, p.v)
+        return tuple(self._random(*shape, key=key) for key, shape in enumerate(shapes, 1))
+
+    def _inputs(self, layout: str) -> tuple[Tensor, ...]:
+        q, k, v, dout = self._tensors
+        return q, k, v.clone().requires_grad_(self.records_gradient), dout
+
+    def _call(self, functional: Any, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Call:
+        attention, p = functional.scaled_dot_product_attention, self.problem
+        options = {"is_causal": p.causal, "enable_gqa": p.g != p.h}
+        if self.direction == "fwd":
+            return lambda: attention(q, k, v, **options)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            out = attention(*leaves, **options)
+        return lambda: torch.cat([t.flatten() for t in torch.autograd.grad(out, leaves, dout, retain_graph=True)])
+
+    @cached_property
+    def truth(self) -> Tensor:
+        out: Tensor = self._call(F, *(t.double() for t in self._tensors))()
+        return out

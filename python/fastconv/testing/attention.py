@@ -1,0 +1,334 @@
+"""Attention problems: as plain data with an id, the grid of them, their inputs and what their kernels must give.
+
+    n2h4g2q33k65d16v24-bhld+causal+mask_bqk+bool+cap3
+
+g is the number of heads of keys and values, q and k the number of queries and keys, v the features of a value. Words behind the
+layout: causal (from the upper left corner), lower (causal from the lower right), window5 (at most 5 keys back), mask_<the
+dimensions of bhqk it has>, bool (otherwise the mask is added), cap3 (softcap), scale-0.5, drop0.3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastconv import reference
+from fastconv.testing import fill, tolerance
+from fastconv.testing.buffers import strides_of
+
+Array = NDArray[np.float64]
+Arrays = dict[str, NDArray[Any]]
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+
+SDPA_OPS = ("sdpa_fwd", "sdpa_bwd")
+KEY = 0x1234567
+
+# name: formats of q, k and v, out (see buffers.strides_of).
+SDPA_LAYOUTS = {
+    "bhld": ("nchw", "nchw", "nchw", "nchw"),
+    "blhd": ("heads", "heads", "heads", "heads"),
+    "rows": ("rows", "rows", "rows", "rows"),
+    "step": ("step", "step", "step", "step"),
+    "turned": ("turned", "turned", "turned", "turned"),
+    "flip": ("flip", "flip", "flip", "flip"),
+    "mixed": ("heads", "nchw", "turned", "rows"),
+    "shared": ("nchw", "shared", "shared", "nchw"),
+    "scalar": ("scalar", "nchw", "scalar", "nchw"),
+}
+READS = {"sdpa_fwd": ("q", "k", "v"), "sdpa_bwd": ("q", "k", "v", "out", "lse", "dout", "dlse")}
+WRITES = {"sdpa_fwd": ("out", "lse"), "sdpa_bwd": ("dq", "dk", "dv")}
+
+
+@dataclass(frozen=True)
+class SdpaCase:
+    """One attention problem, forward and backward. N is the batch, as everywhere in the tests."""
+
+    N: int
+    Hq: int
+    Hkv: int
+    Lq: int
+    Lkv: int
+    D: int
+    Dv: int
+    layout: str = "bhld"
+    causal: str = ""
+    window: int = -1
+    mask: str = ""
+    boolean: bool = False
+    softcap: float = 0.0
+    scale: float | None = None
+    dropout: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        return max(self.D, 1) ** -0.5 if self.scale is None else self.scale
+
+    @property
+    def band(self) -> tuple[int, int]:
+        high = {"": self.Lkv, "causal": 0, "lower": self.Lkv - self.Lq}[self.causal]
+        return (-self.Lq if self.window < 0 else (high if self.causal else 0) - self.window), high
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return SDPA_OPS
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shape and memory format of every operand."""
+        q, k, v, out = SDPA_LAYOUTS[self.layout]
+        # Gradients have memory of their own where operands share theirs.
+        dq, dk, dv = ("nchw" if name in ("shared", "scalar") else name for name in (q, k, v))
+        rows = (self.N, self.Hq, self.Lq)
+        keys = (self.N, self.Hkv, self.Lkv)
+        scores = (*rows, self.Lkv)
+        return {
+            "q": ((*rows, self.D), q),
+            "k": ((*keys, self.D), k),
+            "v": ((*keys, self.Dv), v),
+            "out": ((*rows, self.Dv), out),
+            "lse": ((*rows, 1), "nchw"),
+            "mask": (scores, f"mask_{self.mask}"),
+            "dout": ((*rows, self.Dv), out),
+            "dlse": ((*rows, 1), "nchw"),
+            "dq": ((*rows, self.D), dq),
+            "dk": ((*keys, self.D), dk),
+            "dv": ((*keys, self.Dv), dv),
+            "dmask": (scores, "nchw"),
+        }
+
+    def operands(self, op: str) -> tuple[str, ...]:
+        """What the op reads and writes here."""
+        mask = ("mask",) * bool(self.mask)
+        dmask = ("dmask",) * (op == "sdpa_bwd" and bool(self.mask) and not self.boolean)
+        return (*READS[op], *mask, *WRITES[op], *dmask)
+
+    def __str__(self) -> str:
+        sizes = f"n{self.N}h{self.Hq}g{self.Hkv}q{self.Lq}k{self.Lkv}d{self.D}v{self.Dv}"
+        words = [self.causal] * bool(self.causal) + [f"window{self.window}"] * (self.window >= 0)
+        words += [f"mask_{self.mask}"] * bool(self.mask) + ["bool"] * self.boolean
+        words += [f"cap{self.softcap:g}"] * bool(self.softcap) + [f"drop{self.dropout:g}"] * bool(self.dropout)
+        words += [] if self.scale is None else [f"scale{self.scale:g}"]
+        return "+".join([f"{sizes}-{self.layout}", *words])
+
+
+_SDPA = re.compile(r"n(\d+)h(\d+)g(\d+)q(\d+)k(\d+)d(\d+)v(\d+)-(\w+)((?:\+[\w.-]+)*)", re.ASCII)
+
+
+def parse_sdpa(text: str) -> SdpaCase | None:
+    """The case whose ``str`` is ``text``, None where it is not one of attention."""
+    m = _SDPA.fullmatch(text)
+    if m is None:
+        return None
+    if m[8] not in SDPA_LAYOUTS:
+        raise ValueError(f"unknown layout {m[8]!r}, expected one of {', '.join(SDPA_LAYOUTS)}")
+    options: dict[str, Any] = {}
+    for word in filter(None, m[9].split("+")):
+        if word in ("causal", "lower"):
+            options["causal"] = word
+        elif word == "bool":
+            options["boolean"] = True
+        elif number := re.fullmatch(r"(window|cap|drop|scale)(-?[\d.e-]+)", word):
+            name = {"window": "window", "cap": "softcap", "drop": "dropout", "scale": "scale"}[number[1]]
+            options[name] = int(number[2]) if name == "window" else float(number[2])
+        elif re.fullmatch(r"mask_b?h?q?k?", word):
+            options["mask"] = word.removeprefix("mask_")
+        else:
+            raise ValueError(f"expected causal, lower, window, mask_, bool, cap, drop or scale, got {word!r}")
+    N, Hq, Hkv, Lq, Lkv, D, Dv = (int(v) for v in m.groups()[:7])
+    return SdpaCase(N, Hq, Hkv, Lq, Lkv, D, Dv, m[8], **options)
+
+
+def native_sdpa(native: Any, case: SdpaCase, dtype: str) -> Any:
+    """The case as the compiled module's problem."""
+    strides = {name: strides_of(shape, layout)[0] for name, (shape, layout) in case.shapes.items()}
+    names = ("N", "Hq", "Hkv", "Lq", "Lkv", "D", "Dv", "softcap", "band", "dropout")
+    options: dict[str, Any] = {name: getattr(case, name) for name in names}
+    options["B"] = options.pop("N")
+    kind = "none" if not case.mask else "boolean" if case.boolean else "additive"
+    every = [strides[name] for name in ("q", "k", "v", "out", "mask")]
+    gradients = [strides[name] for name in ("dout", "dq", "dk", "dv")]
+    options |= {"strides": every, "gradient_strides": gradients}
+    return native.SdpaProblem(dtype=dtype, scale=case.factor, mask_kind=kind, key=KEY, **options)
+
+
+def sdpa_inputs(op: str, case: SdpaCase, values: fill.Fill) -> Arrays:
+    """Logical arrays of what the op reads. Elements that a layout repeats are repeated."""
+    shapes = case.shapes
+    inputs: Arrays = {}
+    for name in ("q", "k", "v", *(["mask"] if case.mask else []), *(["dout", "dlse"] if op == "sdpa_bwd" else [])):
+        shape, layout = shapes[name]
+        steps = strides_of(shape, layout)[0]
+        data = (fill.normal if name == "mask" else values)(f"{case}{name}", shape)
+        if name == "mask":
+            # One key in four is hidden, and one query in four sees nothing.
+            hidden = (data < -0.7) | ((np.arange(case.Lq) % 4 == 3)[:, None] & ("q" in case.mask))
+            data = ~hidden if case.boolean else np.where(hidden, -np.inf, data)
+        inputs[name] = np.broadcast_to(data[tuple(slice(None if step else 1) for step in steps)], shape)
+    if op == "sdpa_bwd":
+        a = reference.sdpa(inputs["q"], inputs["k"], inputs["v"], inputs.get("mask"), **_options(case))
+        inputs |= {"out": a.out, "lse": a.lse[..., None]}
+    return inputs
+
+
+def _options(case: SdpaCase) -> dict[str, Any]:
+    return {"scale": case.factor, "band": case.band, "softcap": case.softcap, "dropout": (case.dropout, KEY)}
+
+
+Allowed = Callable[[str, np.dtype[Any]], Array]
+
+
+@dataclass
+class _Errors:
+    """What rounding does to scores and weights, to first order in eps.
+
+    A score is off by tolerance.bound of its products, its mask and its cap; a weight by that, relative to itself, and by the
+    error of lse, which is the average of that over its row and a rounding of its own. Weights below the smallest normal
+    number are 0.
+    """
+
+    case: SdpaCase
+    inputs: Arrays
+    a: reference.Attention
+
+    @cached_property
+    def sizes(self) -> Array:
+        """Of what is summed to a score."""
+        mask = self.inputs.get("mask")
+        products: Array = np.abs(self.inputs["q"]) @ self.shared(np.abs(self.inputs["k"])).swapaxes(2, 3)
+        sizes = abs(self.case.factor) * products + self.case.softcap
+        return sizes if mask is None or self.case.boolean else sizes + np.abs(np.where(np.isinf(mask), 0, mask))
+
+    def shared(self, x: Array) -> Array:
+        return np.repeat(x, self.case.Hq // self.case.Hkv, 1)
+
+    def gathered(self, x: Array) -> Array:
+        """The sum over the heads that share one of keys and values."""
+        total: Array = x.reshape(x.shape[0], self.case.Hkv, self.case.Hq // self.case.Hkv, *x.shape[2:]).sum(axis=2)
+        return total
+
+    @cached_property
+    def factors(self) -> Array | float:
+        case = self.case
+        return reference.dropout_factors(self.a.weights.shape, case.dropout, KEY) if case.dropout else 1.0
+
+    def lse(self, dtype: np.dtype[Any]) -> Array:
+        average = (self.a.weights * tolerance.bound(self.sizes, dtype)).sum(axis=3, keepdims=True)
+        finite = np.where(np.isinf(self.a.lse), 0.0, self.a.lse)[..., None]
+        total: Array = average + 4 * tolerance.eps(dtype) * (np.abs(finite) + 1)
+        return total
+
+    def weights(self, dtype: np.dtype[Any]) -> Array:
+        """Relative, with 8 eps for exp, the sum and the division, and the rounding of the sum that the weight goes into."""
+        eps = tolerance.eps(dtype)
+        return tolerance.bound(self.sizes + 1, dtype) + self.lse(dtype) + 8 * eps
+
+
+def sdpa_truth(op: str, case: SdpaCase, inputs: Arrays) -> tuple[Arrays, Allowed]:
+    """The expected outputs, and the error allowed to each."""
+    q, k, v, mask = inputs["q"], inputs["k"], inputs["v"], inputs.get("mask")
+    errors = _Errors(case, inputs, reference.sdpa(q, k, v, mask, **_options(case)))
+    if op == "sdpa_bwd":
+        return _gradient_truth(case, inputs, errors)
+    a = errors.a
+
+    def allowed(name: str, dtype: np.dtype[Any]) -> Array:
+        if name == "lse":
+            return errors.lse(dtype)
+        least = float(np.finfo(dtype).tiny)
+        result: Array = (a.weights * errors.factors * errors.weights(dtype) + least) @ errors.shared(np.abs(v)) + least
+        return result
+
+    return {"out": a.out, "lse": a.lse[..., None]}, allowed
+
+
+def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Arrays, Allowed]:
+    """ds = p (dp - delta): the error of p, and those of dp and delta, which are sums of products with dout."""
+    q, k, v, dout = inputs["q"], inputs["k"], inputs["v"], inputs["dout"]
+    dlse = inputs["dlse"][..., 0]
+    gradients = reference.sdpa_bwd(dout, q, k, v, inputs.get("mask"), dlse, **_options(case))
+    a, factors = errors.a, errors.factors
+    dp = (dout @ errors.shared(v).swapaxes(2, 3)) * factors
+    dp_sizes = (np.abs(dout) @ errors.shared(np.abs(v)).swapaxes(2, 3)) * factors
+    delta = (dout * a.out).sum(axis=3) - dlse
+    delta_sizes = (np.abs(dout) * np.abs(a.out)).sum(axis=3) + np.abs(dlse)
+
+    def allowed(name: str, dtype: np.dtype[Any]) -> Array:
+        least = float(np.finfo(dtype).tiny)
+        relative = errors.weights(dtype)
+        slope = np.abs(dp - delta[..., None])
+        size = a.weights * slope
+        ds: Array = (
+            size * relative
+            + least * slope
+            + a.weights * tolerance.bound(dp_sizes + delta_sizes[..., None], dtype)
+            + least
+        )
+        if name == "dmask":
+            return ds
+        if name == "dv":
+            dropped = a.weights * factors * relative + least
+            return errors.gathered(dropped.swapaxes(2, 3) @ np.abs(dout)) + least
+        ds = abs(case.factor) * (ds + tolerance.bound(size, dtype))
+        if case.softcap:
+            ds = ds + abs(case.factor) * tolerance.bound(size, dtype)
+        by_key: Array = (
+            errors.gathered(ds.swapaxes(2, 3) @ np.abs(q)) if name == "dk" else ds @ errors.shared(np.abs(k))
+        )
+        return by_key + least
+
+    return dict(zip(("dq", "dk", "dv", "dmask"), gradients, strict=True)), allowed
+
+
+def _grid() -> Iterator[SdpaCase]:
+    for layout in ("bhld", "blhd"):
+        for L in (1, 2, 3, 5, 6, 7, 11, 13, 16, 17, 23, 24, 25, 31, 33, 47, 49, 63, 64, 65):
+            yield SdpaCase(1, 2, 2, L, L, 8, 8, layout)
+            yield SdpaCase(1, 2, 1, L, L + 3, 5, 7, layout, causal="causal")
+        for D in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 80, 96, 128):
+            yield SdpaCase(1, 2, 2, 7, 19, D, D, layout)
+        yield SdpaCase(1, 1, 1, 9, 40, 32, 130, layout, causal="causal")
+        yield SdpaCase(1, 1, 1, 3, 70, 256, 16, layout)
+        yield SdpaCase(1, 1, 1, 3, 20, 0, 5, layout)  # all scores are 0
+        # Several blocks and several segments of keys, several chunks of queries.
+        yield SdpaCase(1, 1, 1, 5, 1100, 16, 16, layout, causal="lower")
+        yield SdpaCase(1, 2, 1, 1, 2600, 8, 24, layout)
+        yield SdpaCase(1, 1, 1, 800, 530, 8, 8, layout, causal="causal")
+        yield SdpaCase(2, 4, 2, 100, 300, 16, 16, layout)
+    for shape in (
+        (2, 3, 3, 9, 9, 16, 16),
+        (2, 4, 2, 13, 37, 24, 20),
+        (1, 6, 1, 33, 12, 8, 8),
+        (2, 2, 2, 12, 280, 16, 8),
+    ):
+        for causal in ("causal", "lower"):
+            yield SdpaCase(*shape, causal=causal)
+            yield SdpaCase(*shape, causal=causal, window=5)
+            yield SdpaCase(*shape, causal=causal, mask="bhqk", boolean=True)
+        yield SdpaCase(*shape, window=4)
+        for mask in ("bhqk", "qk", "bk", "hq", "bqk", "k", "q"):
+            yield SdpaCase(*shape, mask=mask, boolean=True)
+            yield SdpaCase(*shape, mask=mask)
+        for softcap in (2.0, 50.0):
+            yield SdpaCase(*shape, softcap=softcap)
+            yield SdpaCase(*shape, softcap=softcap, causal="causal", mask="qk")
+        for scale in (0.0, 1.0, -0.3):
+            yield SdpaCase(*shape, scale=scale)
+            yield SdpaCase(*shape, scale=scale, causal="causal", mask="bhqk", boolean=True)
+        for dropout in (0.1, 0.5, 1.0):
+            yield SdpaCase(*shape, dropout=dropout)
+            yield SdpaCase(*shape, dropout=dropout, causal="causal", mask="bk", boolean=True)
+        for layout in SDPA_LAYOUTS:
+            yield SdpaCase(*shape, layout=layout)
+            yield SdpaCase(*shape, layout=layout, causal="causal", mask="bhqk")
+
+
+@cache
+def sdpa_grid() -> tuple[SdpaCase, ...]:
+    """Every attention problem of the tests, without duplicates."""
+    return tuple(dict.fromkeys(_grid()))
