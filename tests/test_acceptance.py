@@ -21,6 +21,7 @@ SPECIALISTS = {
     "pointwise": 0.15,
     "implicit_gemm": 0.25,
     "depthwise": 0.12,
+    "grouped": 0.05,
     "winograd": 0.05,
     "channels": 0.4,
     "rows": 0.4,

@@ -10,7 +10,8 @@ struct Range {
   int64_t begin, end;  // empty when end <= begin
 };
 
-FC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }  // b > 0
+// b > 0. A division takes as long as a tile on CPUs before Ice Lake, and most dilations are 1.
+FC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return b == 1 ? a : a > 0 ? (a + b - 1) / b : -(-a / b); }
 FC_INLINE int64_t clamp(int64_t a, int64_t lo, int64_t hi) { return a < lo ? lo : a > hi ? hi : a; }
 
 // The taps r of 0..count for which 0 <= start + r*dilation < size.

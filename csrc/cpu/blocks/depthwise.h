@@ -1,10 +1,14 @@
-// The depthwise forward convolution (C == groups), which is also the depthwise input gradient when its phases are asked of it.
+// The depthwise and grouped forward convolution, whose groups are too small for a matrix multiplication; also their input
+// gradient, when its phases are asked of it.
 //
-// Two loop nests: vectors over channels where channels are contiguous (depthwise_channels.cpp), vectors along the row elsewhere
-// (depthwise_rows.cpp). K / groups may be any multiplier.
+// Two loop nests: vectors over channels where channels are contiguous (depthwise_channels.cpp), for any number of channels in a
+// group, and vectors along the row (depthwise_rows.cpp), for one channel in a group and any strides. Planes go through the first
+// by way of pixel_stage.h where that is faster.
 #pragma once
 
 #include "cpu/blocks/conv2d_geometry.h"
+#include "cpu/blocks/input_gradient.h"
+#include "cpu/blocks/pixel_stage.h"
 
 namespace fastconv::FASTCONV_TARGET {
 
@@ -12,6 +16,19 @@ FC_INLINE bool depthwise_over_channels(const Conv2dProblem& a) { return a.x.c ==
 
 FC_INLINE const char* depthwise_reject(const Conv2dProblem& a) {
   return a.C == a.groups ? nullptr : "depthwise takes one input channel for each group";
+}
+
+// A matrix multiplication is better long before; this bounds the scratch.
+inline constexpr int64_t kMostGrouped = 64;
+
+// Problems of groups with several channels or filters.
+FC_INLINE const char* grouped_reject(const Conv2dProblem& a) {
+  if (a.groups == 1) return "there is one group";
+  if (a.R * a.S == 1) return "the filters are 1x1, which is pointwise";
+  if (a.C > kMostGrouped * a.groups || a.K > kMostGrouped * a.groups) return "more than 64 channels or filters in a group";
+  if (!depthwise_over_channels(a) && !over_planes(a))
+    return "neither the channels nor the columns are contiguous in both x and y";
+  return nullptr;
 }
 
 template <class T>
@@ -32,13 +49,53 @@ extern template void depthwise_rows_run<double>(const Conv2dProblem&, const Conv
 extern template int64_t depthwise_rows_workspace<float>(const Conv2dProblem&, const Machine&);
 extern template int64_t depthwise_rows_workspace<double>(const Conv2dProblem&, const Machine&);
 
+// The input gradient in NHWC.
+template <class T>
+void depthwise_channels_dgrad(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  input_gradient_run<T, depthwise_channels_run<T>>(a, args, context);
+}
+template <class T>
+int64_t depthwise_channels_dgrad_workspace(const Conv2dProblem& a, const Machine& machine) {
+  return input_gradient_workspace<depthwise_channels_workspace<T>>(a, machine);
+}
+
+// Planes of any number of channels in a group.
+template <class T, bool kInputGradient>
+void depthwise_planes_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  if constexpr (kInputGradient) {
+    staged_run<T, true, depthwise_channels_dgrad<T>, depthwise_channels_dgrad_workspace<T>>(a, args, context);
+  } else {
+    staged_run<T, false, depthwise_channels_run<T>, depthwise_channels_workspace<T>>(a, args, context);
+  }
+}
+template <class T, bool kInputGradient>
+int64_t depthwise_planes_workspace(const Conv2dProblem& a, const Machine& machine) {
+  if constexpr (kInputGradient) {
+    return staged_workspace<T, true, depthwise_channels_dgrad_workspace<T>>(a, machine);
+  } else {
+    return staged_workspace<T, false, depthwise_channels_workspace<T>>(a, machine);
+  }
+}
+
+// Whether planes are better transposed than convolved along their rows. Those of 112 columns fill vectors along the row, and stay
+// in L2 in parts only; along the row there are tiles for small dense filters only; and the input gradient of a stride writes
+// every other column. 960 channels of 7x7 took 241 us along the row and 61 by way of NHWC, 144 of 56x56 357 and 397, 32 of
+// 112x112 380 and 470.
+FC_INLINE bool depthwise_by_stage(const Conv2dProblem& a, bool input_gradient) {
+  const bool tile = a.dilation_h == 1 && a.R == a.S && (a.R == 3 || (a.stride_h == 1 && (a.R == 5 || a.R == 7)));
+  return over_planes(a) && ((input_gradient ? a.W : a.Q) < 64 || !tile || (input_gradient && a.stride_w > 1));
+}
+
 template <class T>
 void depthwise_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
-  depthwise_over_channels(a) ? depthwise_channels_run<T>(a, args, context) : depthwise_rows_run<T>(a, args, context);
+  if (depthwise_over_channels(a)) return depthwise_channels_run<T>(a, args, context);
+  depthwise_by_stage(a, false) ? depthwise_planes_run<T, false>(a, args, context) : depthwise_rows_run<T>(a, args, context);
 }
 template <class T>
 int64_t depthwise_workspace(const Conv2dProblem& a, const Machine& machine) {
-  return depthwise_over_channels(a) ? depthwise_channels_workspace<T>(a, machine) : depthwise_rows_workspace<T>(a, machine);
+  if (depthwise_over_channels(a)) return depthwise_channels_workspace<T>(a, machine);
+  return depthwise_by_stage(a, false) ? depthwise_planes_workspace<T, false>(a, machine)
+                                      : depthwise_rows_workspace<T>(a, machine);
 }
 
 // Seconds. Compute and memory traffic add up, because the large layers stream from L3 and the small ones do not.
@@ -46,12 +103,18 @@ template <class T>
 double depthwise_cost(const Conv2dProblem& a, const Machine& machine) {
   const double x_bytes = double(a.N) * double(a.C) * double(a.H) * double(a.W) * sizeof(T);
   const double y_bytes = double(a.N) * double(a.K) * double(a.P) * double(a.Q) * sizeof(T);
-  double efficiency = 0.5;
-  if (!depthwise_over_channels(a)) {
-    const double lanes = kLanes<T>, filled = double(a.Q) / (lanes * double((a.Q + kLanes<T> - 1) / kLanes<T>));
-    efficiency *= a.x.w == 1 && a.y.w == 1 ? filled : 0.2 * filled;
-  }
-  return conv2d_flops(a) / (peak_flops<T>(machine) * efficiency) + (x_bytes + y_bytes) / 10e9;
+  const bool in_place = depthwise_over_channels(a), rows = !in_place && !over_planes(a);
+  // A transpose there and back costs about what the memory does.
+  return conv2d_flops(a) / (peak_flops<T>(machine) * (rows ? 0.1 : 0.5)) + (x_bytes + y_bytes) / (in_place ? 15e9 : 8e9);
+}
+
+// A vector of filters fills its lanes whatever the groups; what is lost is the copy of x for every input of every filter.
+template <class T>
+double grouped_cost(const Conv2dProblem& a, const Machine& machine) {
+  const double expanded = double(a.N) * double(a.H) * double(a.W) * double(a.K) * double(a.C / a.groups);
+  const double planes = double(a.N) * double(a.C * a.H * a.W + a.K * a.P * a.Q) * sizeof(T);
+  return conv2d_flops(a) / (peak_flops<T>(machine) * 0.6) + expanded / (kLanes<T> * 1.5e9 * machine.threads) +
+         (depthwise_over_channels(a) ? 0.0 : planes / 8e9);
 }
 
 }  // namespace fastconv::FASTCONV_TARGET

@@ -53,6 +53,11 @@ class LineRing {
   }
   // To be called when the block changes: forgets every row.
   FC_INLINE void clear() { next_ = INT64_MIN; }
+  // visit(line) for all memory that rows are copied to.
+  template <class Visit>
+  FC_INLINE void for_each_slot(const Visit& visit) {
+    for (int64_t i = 0; i < window_.slots; ++i) visit(ring_ + i * size_);
+  }
 
   // Makes lines[0..rows) for the input rows h0.. of `height`; copy(h, to, count) copies `count` rows h[i] to to[i].
   template <class Copy>
@@ -113,84 +118,6 @@ class LineRing {
   T** to_;
   int64_t next_ = INT64_MIN;  // rows from here on are not in the ring
 };
-
-// --- vectors over channels (NHWC): a line is [vector of channels][column][lane]
-
-// How K, Q are cut into blocks whose lines fit kLineBytes. `pixels` is the width of a register tile.
-template <class T>
-struct ChannelBlocks {
-  int64_t vectors;       // of all K channels
-  EvenSplit of_vectors;  // into blocks of channels
-  int64_t q_size, q_blocks;
-  int64_t columns;  // of a line
-  LineWindow window;
-
-  FC_INLINE ChannelBlocks(const Conv2dProblem& a, int64_t pixels)
-      : vectors((a.K + kLanes<T> - 1) / kLanes<T>), of_vectors(vectors, 1), window(a, 1) {
-    const int64_t column_bytes = window.slots * kVectorBytes, tail = (a.S - 1) * a.dilation_w + 1;
-    // At least two vectors, 128 bytes: x comes in pairs of cache lines.
-    const int64_t fewest = vectors < 2 ? vectors : 2;
-    int64_t most_q = (kLineBytes / (column_bytes * fewest) - tail) / a.stride_w + 1;
-    most_q = most_q < 2 * pixels ? 2 * pixels : most_q / pixels * pixels;
-    q_blocks = (a.Q + most_q - 1) / most_q;
-    q_size = round_up((a.Q + q_blocks - 1) / q_blocks, pixels);
-    q_blocks = (a.Q + q_size - 1) / q_size;
-    columns = (q_size - 1) * a.stride_w + tail;
-    of_vectors = EvenSplit(vectors, clamp(kLineBytes / (column_bytes * columns), fewest, vectors));
-  }
-  FC_INLINE int64_t line_size() const { return of_vectors.largest() * columns * kLanes<T>; }
-};
-
-// kVectors vectors of each pixel, which are all full.
-template <class T, int kVectors>
-FC_INLINE void copy_pixels(const T* from, int64_t from_step, int64_t count, T* to, int64_t vector_step) {
-  for (int64_t j = 0; j < count; ++j) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(to + v * vector_step, load(from + v * kLanes<T>));
-    from += from_step, to += kLanes<T>;
-  }
-}
-
-// Copies a row of x from column w0 on (which may be negative: padding), channels k0.. of `vectors` vectors.
-template <class T>
-FC_INLINE void copy_channels(const Conv2dProblem& a, int64_t multiplier, const T* x_row, int64_t k0, int64_t vectors, int64_t w0,
-                             int64_t columns, T* line) {
-  constexpr int kL = kLanes<T>;
-  const int64_t begin = clamp(-w0, 0, columns), end = clamp(a.W - w0, begin, columns), vector_step = columns * kL;
-  for (int64_t v = 0; v < vectors; ++v) {
-    T* to = line + v * vector_step;
-    for (int64_t j = 0; j < begin; ++j) store(to + j * kL, zero<T>());
-    for (int64_t j = end; j < columns; ++j) store(to + j * kL, zero<T>());
-  }
-  const T* from = x_row + (w0 + begin) * a.x.w;
-  T* to = line + begin * kL;
-  if (multiplier != 1) {
-    for (int64_t j = begin; j < end; ++j, from += a.x.w, to += kL) {
-      int64_t c = k0 / multiplier, m = k0 % multiplier;
-      for (int64_t v = 0; v < vectors; ++v) {
-        for (int i = 0; i < kL; ++i) {
-          to[v * vector_step + i] = k0 + v * kL + i < a.K ? from[c] : T(0);
-          if (++m == multiplier) m = 0, ++c;
-        }
-      }
-    }
-    return;
-  }
-  from += k0;
-  const int last = int(clamp(a.K - k0 - (vectors - 1) * kL, 0, kL));
-  if (last < kL) {
-    --vectors;
-    for (int64_t j = 0; j < end - begin; ++j) {
-      store(to + vectors * vector_step + j * kL, load(from + j * a.x.w + vectors * kL, last));
-    }
-  }
-  for (; vectors >= 4; vectors -= 4, from += 4 * kL, to += 4 * vector_step) {
-    copy_pixels<T, 4>(from, a.x.w, end - begin, to, vector_step);
-  }
-  if (vectors == 3) copy_pixels<T, 3>(from, a.x.w, end - begin, to, vector_step);
-  if (vectors == 2) copy_pixels<T, 2>(from, a.x.w, end - begin, to, vector_step);
-  if (vectors == 1) copy_pixels<T, 1>(from, a.x.w, end - begin, to, vector_step);
-}
 
 // --- vectors along the row (NCHW): a line is [column modulo stride][column / stride], so that neighbouring outputs read
 // neighbours

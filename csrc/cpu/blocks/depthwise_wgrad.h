@@ -68,10 +68,17 @@ FC_INLINE EvenSplit row_pieces(int64_t rows, int64_t rows_at_a_time, int64_t blo
   return EvenSplit(rows, (rows + pieces - 1) / pieces);
 }
 
+// Vectors over channels (NHWC), any number of channels in a group.
 template <class T>
 void depthwise_wgrad_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
 template <class T>
 int64_t depthwise_wgrad_channels_workspace(const Conv2dProblem& a, const Machine& machine);
+// The same for NCHW planes.
+template <class T>
+void depthwise_wgrad_planes_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
+template <class T>
+int64_t depthwise_wgrad_planes_workspace(const Conv2dProblem& a, const Machine& machine);
+// Vectors along the row, any strides, one channel in a group.
 template <class T>
 void depthwise_wgrad_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
 template <class T>
@@ -81,6 +88,10 @@ extern template void depthwise_wgrad_channels_run<float>(const Conv2dProblem&, c
 extern template void depthwise_wgrad_channels_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 extern template int64_t depthwise_wgrad_channels_workspace<float>(const Conv2dProblem&, const Machine&);
 extern template int64_t depthwise_wgrad_channels_workspace<double>(const Conv2dProblem&, const Machine&);
+extern template void depthwise_wgrad_planes_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template void depthwise_wgrad_planes_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template int64_t depthwise_wgrad_planes_workspace<float>(const Conv2dProblem&, const Machine&);
+extern template int64_t depthwise_wgrad_planes_workspace<double>(const Conv2dProblem&, const Machine&);
 extern template void depthwise_wgrad_rows_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 extern template void depthwise_wgrad_rows_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 extern template int64_t depthwise_wgrad_rows_workspace<float>(const Conv2dProblem&, const Machine&);

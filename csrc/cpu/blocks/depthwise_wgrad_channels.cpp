@@ -1,42 +1,42 @@
-// Depthwise weight gradient with vectors over channels (NHWC).
-#include "cpu/blocks/depthwise_lines.h"
+// Depthwise and grouped weight gradient with vectors over channels (NHWC).
+#include "cpu/blocks/channel_lines.h"
 #include "cpu/blocks/depthwise_wgrad.h"
 #include "cpu/blocks/parallel.h"
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// --- tile: one vector of channels, the sums of a tile of taps in registers (TapTile), and one row of y going by: for nine FMAs
-// one load of y and nine of x, all aligned and from L1.
+// --- tile: one vector of filters and one of its inputs (channel_lines.h), the sums of a tile of taps in registers (TapTile), and
+// one row of y going by: for nine FMAs one load of y and nine of x, all aligned and from L1.
 //
 // Sums have three levels, so that the error grows with the row, the height and the batch, and not with their product: registers
 // for one row, then all rows of a sample, then all samples of the piece.
 
-// One row of y for one vector of channels.
+// One row of y for one vector of filters.
 template <class T>
 struct RowProduct {
   const T* const* lines;  // of x, [filter row * dilation_h]
-  int64_t line_offset;
+  int64_t line_offset, input_size, inputs;
   int64_t R, S, stride, dilation_h, dilation_w;
   int64_t r_begin, r_end;  // filter rows that meet the input
   const T* y;
   int64_t y_step, pixels;
   int lanes;
   bool bias;
-  T* sums;  // [R][S][lane], then [lane] of the bias
+  T* sums;  // [input][R][S][lane], then [lane] of the bias
 };
 
 // --- transform: only the copied lines.
 
 // --- multiply
 template <class T, int kRows, int kColumns, bool kFull>
-FC_INLINE void multiply_taps(const RowProduct<T>& a, int64_t r0, int64_t s0) {
+FC_INLINE void multiply_taps(const RowProduct<T>& a, int64_t input, int64_t r0, int64_t s0) {
   constexpr int kL = kLanes<T>;
   vec<T> sum[kRows][kColumns];
   const T* x[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    x[r] = a.lines[(r0 + r) * a.dilation_h] + a.line_offset + s0 * a.dilation_w * kL;
+    x[r] = a.lines[(r0 + r) * a.dilation_h] + a.line_offset + input * a.input_size + s0 * a.dilation_w * kL;
 #pragma GCC unroll 8
     for (int s = 0; s < kColumns; ++s) sum[r][s] = zero<T>();
   }
@@ -56,7 +56,7 @@ FC_INLINE void multiply_taps(const RowProduct<T>& a, int64_t r0, int64_t s0) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int s = 0; s < kColumns; ++s) {
-      T* to = a.sums + ((r0 + r) * a.S + s0 + s) * kL;
+      T* to = a.sums + ((input * a.R + r0 + r) * a.S + s0 + s) * kL;
       store(to, load(to) + sum[r][s]);
     }
   }
@@ -65,17 +65,19 @@ FC_INLINE void multiply_taps(const RowProduct<T>& a, int64_t r0, int64_t s0) {
 template <class T, int kS>
 void multiply_row(const RowProduct<T>& a) {
   constexpr int kL = kLanes<T>;
-  for_each_tap_tile<kS>(a.r_begin, a.r_end, a.S, [&]<int kRows, int kColumns>(int64_t r, int64_t s) {
-    if (a.lanes == kL) {
-      multiply_taps<T, kRows, kColumns, true>(a, r, s);
-    } else {
-      multiply_taps<T, kRows, kColumns, false>(a, r, s);
-    }
-  });
+  for (int64_t input = 0; input < a.inputs; ++input) {
+    for_each_tap_tile<kS>(a.r_begin, a.r_end, a.S, [&]<int kRows, int kColumns>(int64_t r, int64_t s) {
+      if (a.lanes == kL) {
+        multiply_taps<T, kRows, kColumns, true>(a, input, r, s);
+      } else {
+        multiply_taps<T, kRows, kColumns, false>(a, input, r, s);
+      }
+    });
+  }
   if (a.bias) {
     vec<T> sum = zero<T>();
     for (int64_t q = 0; q < a.pixels; ++q) sum = sum + load(a.y + q * a.y_step, a.lanes);
-    T* to = a.sums + a.R * a.S * kL;
+    T* to = a.sums + a.inputs * a.R * a.S * kL;
     store(to, load(to) + sum);
   }
 }
@@ -95,13 +97,13 @@ FC_INLINE void move_sums(T* from, T* to, int64_t n) {
 // What one thread works in.
 template <class T>
 struct Scratch {
-  T* sample_sums;  // [vector of the block][R*S + 1][lane]
+  T* sample_sums;  // [vector of the block][input*R*S + 1][lane]
   T* piece_sums;   // the same
   LineRing<T> ring;
 
   FC_INLINE Scratch(const Conv2dProblem& a, const ChannelBlocks<T>& blocks, Arena& arena)
-      : sample_sums(arena.take<T>(blocks.of_vectors.largest() * (a.R * a.S + 1) * kLanes<T>)),
-        piece_sums(arena.take<T>(blocks.of_vectors.largest() * (a.R * a.S + 1) * kLanes<T>)),
+      : sample_sums(arena.take<T>(blocks.of_vectors.largest() * (blocks.inputs * a.R * a.S + 1) * kLanes<T>)),
+        piece_sums(arena.take<T>(blocks.of_vectors.largest() * (blocks.inputs * a.R * a.S + 1) * kLanes<T>)),
         ring(blocks.window, blocks.line_size(), arena) {}
 };
 
@@ -109,13 +111,15 @@ template <class T>
 struct Layout {
   ChannelBlocks<T> blocks;
   EvenSplit pieces;    // of the N*P rows of y
-  int64_t sums;        // elements of the sums of one vector: R*S taps and the bias
+  int64_t sums;        // elements of the sums of one vector: its inputs' R*S taps and the bias
   int64_t per_thread;  // bytes
   int64_t partial;     // elements of the sums of one piece; they come before the
                        // threads' scratch
 
   FC_INLINE explicit Layout(const Conv2dProblem& a)
-      : blocks(a, 1), pieces(row_pieces(a.N * a.P, 1, blocks.of_vectors.parts)), sums((a.R * a.S + 1) * kLanes<T>) {
+      : blocks(a, 1, 1, 1),
+        pieces(row_pieces(a.N * a.P, 1, blocks.of_vectors.parts)),
+        sums((blocks.inputs * a.R * a.S + 1) * kLanes<T>) {
     Arena arena(nullptr);
     Scratch<T>(a, blocks, arena);
     per_thread = arena.used();
@@ -130,23 +134,25 @@ void sum_piece(const Conv2dProblem& a, const Conv2dArgs& args, const Layout<T>& 
                RowFunction<T> multiply, int64_t block, int64_t begin, int64_t end) {
   constexpr int kL = kLanes<T>;
   const ChannelBlocks<T>& blocks = layout.blocks;
-  const int64_t v0 = blocks.of_vectors.begin(block), vectors = blocks.of_vectors.size(block), multiplier = a.K / a.groups;
+  const int64_t v0 = blocks.of_vectors.begin(block), vectors = blocks.of_vectors.size(block);
   for (int64_t i = 0; i < vectors * layout.sums; ++i) scratch.sample_sums[i] = scratch.piece_sums[i] = T(0);
   for (int64_t first = begin; first < end;) {
     const int64_t n = first / a.P, p_begin = first - n * a.P;
     const int64_t p_end = end - n * a.P < a.P ? end - n * a.P : a.P;
     for (int64_t q0 = 0; q0 < a.Q; q0 += blocks.q_size) {
       scratch.ring.clear();
+      pad_lines(a, blocks, scratch.ring, vectors, q0 * a.stride_w - a.pad_left);
       for (int64_t p = p_begin; p < p_end; ++p) {
         scratch.ring.fetch_tile(a, p, 1, [&](const int64_t* h, T* const* to, int64_t count) {
           const T* x = static_cast<const T*>(args.x) + n * a.x.n;
           for (int64_t i = 0; i < count; ++i) {
-            copy_channels(a, multiplier, x + h[i] * a.x.h, v0 * kL, vectors, q0 * a.stride_w - a.pad_left, blocks.columns, to[i]);
+            copy_channels(a, blocks, x + h[i] * a.x.h, v0 * kL, vectors, q0 * a.stride_w - a.pad_left, to[i]);
           }
         });
         const Range taps = taps_inside(a.R, a.dilation_h, p * a.stride_h - a.pad_top, a.H);
         RowProduct<T> row;
         row.lines = scratch.ring.lines;
+        row.inputs = blocks.inputs, row.input_size = blocks.input_size();
         row.R = a.R, row.S = a.S, row.stride = a.stride_w, row.dilation_h = a.dilation_h, row.dilation_w = a.dilation_w;
         row.r_begin = taps.begin, row.r_end = taps.end;
         row.y_step = a.y.w;
@@ -154,7 +160,7 @@ void sum_piece(const Conv2dProblem& a, const Conv2dArgs& args, const Layout<T>& 
         row.bias = a.epilogue.bias;
         for (int64_t v = 0; v < vectors; ++v) {
           const int64_t k = (v0 + v) * kL;
-          row.line_offset = v * blocks.columns * kL;
+          row.line_offset = v * blocks.inputs * blocks.input_size();
           row.y = static_cast<const T*>(args.y) + n * a.y.n + p * a.y.h + q0 * a.y.w + k;
           row.lanes = a.K - k < kL ? int(a.K - k) : kL;
           row.sums = scratch.sample_sums + v * layout.sums;
@@ -171,15 +177,22 @@ void sum_piece(const Conv2dProblem& a, const Conv2dArgs& args, const Layout<T>& 
 template <class T>
 void write_gradient(const Conv2dProblem& a, const Conv2dArgs& args, int64_t v, const T* sums) {
   constexpr int kL = kLanes<T>;
-  const int64_t multiplier = a.K / a.groups;
-  for (int64_t k = v * kL; k < a.K && k < (v + 1) * kL; ++k) {
-    const T* from = sums + k % kL;
-    T* w = static_cast<T*>(args.w) + k / multiplier * a.w.g + k % multiplier * a.w.k;
-    for (int64_t r = 0; r < a.R; ++r) {
-      for (int64_t s = 0; s < a.S; ++s) w[r * a.w.r + s * a.w.s] = from[(r * a.S + s) * kL];
-    }
-    if (a.epilogue.bias) static_cast<T*>(args.bias)[k] = from[a.R * a.S * kL];
+  const int64_t filters = a.K / a.groups, inputs = a.C / a.groups;
+  const int lanes = int(clamp(a.K - v * kL, 0, kL));
+  T* to[kL];
+  for (int i = 0; i < lanes; ++i) {
+    const int64_t k = v * kL + i, g = filters == 1 ? k : k / filters;
+    to[i] = static_cast<T*>(args.w) + g * a.w.g + (k - g * filters) * a.w.k;
   }
+  for (int64_t c = 0; c < inputs; ++c) {
+    for (int64_t r = 0; r < a.R; ++r) {
+      for (int64_t s = 0; s < a.S; ++s, sums += kL) {
+        const int64_t offset = c * a.w.c + r * a.w.r + s * a.w.s;
+        for (int i = 0; i < lanes; ++i) to[i][offset] = sums[i];
+      }
+    }
+  }
+  if (a.epilogue.bias) store(static_cast<T*>(args.bias) + v * kL, load(sums), lanes);
 }
 
 }  // namespace

@@ -113,11 +113,16 @@ const char* reject(const Conv2dProblem&) { return nullptr; }
 
 template <class T>
 double cost(const Conv2dProblem& a, const Machine& machine) {
-  // Measured on NCHW rows: half of the FMA peak when a row fills the tile; a strided row is read lane by lane.
+  // Measured on NCHW rows: half of the FMA peak when a row fills the tile; a strided row is read lane by lane. Finding the
+  // columns of a tap inside the input takes as long as some forty FMAs, and a group of one filter computes all four rows of the
+  // tile.
   const double tile_columns = kVectors * kLanes<T>;
   const double fill = double(a.Q) / (double((a.Q + int64_t(tile_columns) - 1) / int64_t(tile_columns)) * tile_columns);
-  const double efficiency = a.x.w * a.stride_w == 1 ? 0.5 * fill : 0.06 * fill;
-  return conv2d_flops(a) / (peak_flops<T>(machine) * efficiency);
+  const int64_t filters = a.K / a.groups, blocks = (filters + kRows - 1) / kRows, columns = (a.Q + int64_t(tile_columns) - 1);
+  const double efficiency = (a.x.w * a.stride_w == 1 ? 0.5 : 0.06) * fill * double(filters) / double(blocks * kRows);
+  const double taps = double(a.N * a.groups * blocks * a.P) * double(columns / int64_t(tile_columns)) * double(a.C / a.groups) *
+                      double(a.R * a.S);
+  return conv2d_flops(a) / (peak_flops<T>(machine) * efficiency) + taps * 1e-8 / machine.threads;
 }
 
 int64_t workspace(const Conv2dProblem&, const Machine&) { return 0; }

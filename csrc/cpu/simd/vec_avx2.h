@@ -145,6 +145,14 @@ FC_INLINE void interleave(vec<double> even, vec<double> odd, vec<double>& a, vec
   b = {_mm256_permute2f128_pd(low, high, 0x31)};
 }
 
+// Lane i becomes lane pick[i].
+FC_INLINE vec<float> permute(vec<float> a, index_vec<float> pick) { return {_mm256_permutevar8x32_ps(a.v, (__m256i)pick.v)}; }
+FC_INLINE vec<double> permute(vec<double> a, index_vec<double> pick) {  // as pairs of 32 bits
+  const __m256i low = _mm256_slli_epi64((__m256i)pick.v, 1);
+  const __m256i high = _mm256_slli_epi64(_mm256_add_epi64(low, _mm256_set1_epi64x(1)), 32);
+  return {(__m256d)_mm256_permutevar8x32_ps((__m256)a.v, _mm256_or_si256(low, high))};
+}
+
 // The first n of lanes 0, 2, 4, ... to their places; what lies between is not touched.
 FC_INLINE void store_even(float* p, vec<float> a, int n) {
   const __m256i even = _mm256_setr_epi32(-1, 0, -1, 0, -1, 0, -1, 0);

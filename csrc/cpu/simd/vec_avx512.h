@@ -162,6 +162,10 @@ FC_INLINE void interleave(vec<double> even, vec<double> odd, vec<double>& a, vec
   b = {_mm512_permutex2var_pd(even.v, _mm512_add_epi64(pick, _mm512_set1_epi64(4)), odd.v)};
 }
 
+// Lane i becomes lane pick[i].
+FC_INLINE vec<float> permute(vec<float> a, index_vec<float> pick) { return {_mm512_permutexvar_ps((__m512i)pick.v, a.v)}; }
+FC_INLINE vec<double> permute(vec<double> a, index_vec<double> pick) { return {_mm512_permutexvar_pd((__m512i)pick.v, a.v)}; }
+
 // The first n of lanes 0, 2, 4, ... to their places; what lies between is not touched.
 FC_INLINE void store_even(float* p, vec<float> a, int n) {
   _mm512_mask_storeu_ps(p, __mmask16(lane_range<float>(0, 2 * n) & 0x5555), a.v);

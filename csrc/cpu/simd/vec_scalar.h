@@ -145,6 +145,14 @@ FC_INLINE void interleave(vec<T> even, vec<T> odd, vec<T>& a, vec<T>& b) {
   }
 }
 
+// Lane i becomes lane pick[i].
+template <class T>
+FC_INLINE vec<T> permute(vec<T> a, index_vec<T> pick) {
+  vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r.v[i] = a.v[pick.v[i]];
+  return r;
+}
+
 // The first n of lanes 0, 2, 4, ... to their places; what lies between is not touched.
 template <class T>
 FC_INLINE void store_even(T* p, vec<T> a, int n) {

@@ -127,6 +127,23 @@ def _conv_groups() -> Iterator[ConvCase]:
         yield ConvCase(1, 18, 2, 2, 18, 5, 5, pad4=(2, 2, 2, 2), groups=18, layout=layout)
         yield ConvCase(1, 6, 7, 8, 18, 3, 3, pad4=same, groups=6, layout=layout)
         yield ConvCase(1, 17, 7, 8, 34, 5, 3, stride=(2, 1), pad4=(2, 2, 1, 1), groups=17, layout=layout)
+        # Filters wider than a block of taps, and what is left of them: 8 + 4 + 1, 8 + 2, 4.
+        yield ConvCase(1, 18, 7, 17, 18, 3, 13, pad4=(1, 1, 6, 6), groups=18, layout=layout, bias=True)
+        yield ConvCase(1, 18, 12, 15, 18, 10, 10, stride=(1, 2), pad4=(5, 4, 5, 4), groups=18, layout=layout)
+        yield ConvCase(2, 6, 5, 29, 12, 1, 4, pad4=(0, 0, 2, 1), groups=6, layout=layout)
+        yield ConvCase(1, 17, 3, 15, 17, 31, 31, pad4=(15, 15, 15, 15), groups=17, layout=layout)
+        # Dilated columns that are taken apart, the last of a residue missing.
+        yield ConvCase(1, 18, 9, 29, 18, 3, 3, pad4=(2, 2, 2, 2), dilation=(2, 2), groups=18, layout=layout, bias=True)
+        yield ConvCase(1, 18, 5, 40, 18, 1, 5, pad4=(0, 0, 6, 6), dilation=(1, 3), groups=18, layout=layout)
+        # Planes of several blocks of rows.
+        yield ConvCase(1, 3, 112, 113, 3, 3, 3, stride=(2, 2), pad4=same, groups=3, layout=layout)
+        yield ConvCase(2, 3, 100, 90, 3, 5, 3, pad4=(2, 2, 0, 2), groups=3, layout=layout)
+        # Groups of a few channels: one load and a permutation, several pieces, one group for a vector, unequal, wide.
+        for groups, c, k in ((9, 36, 36), (5, 40, 40), (3, 72, 72), (2, 34, 38), (6, 12, 48), (7, 42, 14), (2, 64, 64)):
+            yield ConvCase(2, c, 6, 15, k, 3, 3, pad4=same, groups=groups, layout=layout, bias=True)
+        yield ConvCase(1, 36, 9, 30, 36, 3, 3, stride=(2, 2), pad4=same, groups=9, layout=layout)
+        yield ConvCase(1, 36, 9, 29, 36, 3, 3, pad4=(2, 2, 2, 2), dilation=(2, 2), groups=9, layout=layout)
+        yield ConvCase(1, 20, 12, 31, 20, 5, 9, pad4=(2, 2, 4, 4), groups=5, layout=layout)
 
 
 def _conv_layouts() -> Iterator[ConvCase]:
