@@ -15,11 +15,28 @@ inline constexpr int64_t kExpandedBytes = 20 * 1024;
 // What the lines of one vector may take where it makes several rows of y at a time, which read most of them again.
 inline constexpr int64_t kLinesInL1 = 24 * 1024;
 
+// How the lanes of a tile get their groups' channels from a line.
+//
+// Writing every input of every filter out takes as many stores as there are inputs, and 30 columns of three rows of 8 inputs are
+// 46 KB. Where a group's channels and filters are as many as divide a vector, a vector of x holds just the channels that a vector
+// of filters reads, and a permutation in registers takes the place of a load, on the port of every second FMA; where they are a
+// vector, every lane reads the same channel, which a load broadcasts.
+enum class LaneInput { copied, permuted, broadcast };
+
+template <class T>
+FC_INLINE LaneInput lane_input(const Conv2dProblem& a) {
+  const int64_t inputs = a.C == a.groups ? 1 : a.C / a.groups;
+  if (a.C != a.K || inputs == 1) return LaneInput::copied;
+  return inputs == kLanes<T>                             ? LaneInput::broadcast
+         : inputs < kLanes<T> && kLanes<T> % inputs == 0 ? LaneInput::permuted
+                                                         : LaneInput::copied;
+}
+
 // How K, Q are cut into blocks whose lines fit kLineBytes. `pixels` is the width of a register tile. With `dilation` above 1 the
 // columns of one residue lie side by side, so that a dilated row is as many dense ones.
 template <class T>
 struct ChannelBlocks {
-  int64_t inputs;        // of a filter
+  int64_t inputs;        // of a filter, that are copied
   int64_t vectors;       // of all K channels
   EvenSplit of_vectors;  // into blocks of channels
   int64_t q_size, q_blocks;
@@ -28,8 +45,8 @@ struct ChannelBlocks {
   int64_t tile_rows;  // of y that one vector of filters makes before the next
   LineWindow window;
 
-  FC_INLINE ChannelBlocks(const Conv2dProblem& a, int64_t pixels, int64_t dilation_, int64_t most_rows)
-      : inputs(a.C == a.groups ? 1 : a.C / a.groups),
+  FC_INLINE ChannelBlocks(const Conv2dProblem& a, int64_t pixels, int64_t dilation_, int64_t most_rows, LaneInput input)
+      : inputs(input != LaneInput::copied || a.C == a.groups ? 1 : a.C / a.groups),
         vectors((a.K + kLanes<T> - 1) / kLanes<T>),
         of_vectors(vectors, 1),
         dilation(dilation_),
@@ -68,7 +85,7 @@ FC_INLINE void copy_pixels(const T* from, int64_t from_step, int64_t count, T* t
   }
 }
 
-// One filter and one channel in each group.
+// As many channels as filters, in their order.
 template <class T>
 FC_INLINE void copy_depthwise(const Conv2dProblem& a, const T* from, int64_t from_step, int64_t count, int64_t k0,
                               int64_t vectors, T* to, int64_t vector_step) {
@@ -181,7 +198,7 @@ FC_INLINE void copy_channels(const Conv2dProblem& a, const ChannelBlocks<T>& blo
     if (count == 0) continue;
     const T* from = x_row + (w + inside.begin * dilation) * a.x.w;
     T* to = line + inside.begin * kL;
-    if (inputs == 1 && a.K == a.groups) {
+    if (inputs == 1 && a.C == a.K) {
       copy_depthwise(a, from, dilation * a.x.w, count, k0, vectors, to, input_step);
       continue;
     }

@@ -108,13 +108,15 @@ double depthwise_cost(const Conv2dProblem& a, const Machine& machine) {
   return conv2d_flops(a) / (peak_flops<T>(machine) * (rows ? 0.1 : 0.5)) + (x_bytes + y_bytes) / (in_place ? 15e9 : 8e9);
 }
 
-// A vector of filters fills its lanes whatever the groups; what is lost is the copy of x for every input of every filter.
-template <class T>
+// Measured at 40 % of peak where the inputs are picked in registers, and at a seventh where every input of every filter is
+// written out, as it always is for the weight gradient.
+template <class T, bool kWeightGradient>
 double grouped_cost(const Conv2dProblem& a, const Machine& machine) {
-  const double expanded = double(a.N) * double(a.H) * double(a.W) * double(a.K) * double(a.C / a.groups);
-  const double planes = double(a.N) * double(a.C * a.H * a.W + a.K * a.P * a.Q) * sizeof(T);
-  return conv2d_flops(a) / (peak_flops<T>(machine) * 0.6) + expanded / (kLanes<T> * 1.5e9 * machine.threads) +
-         (depthwise_over_channels(a) ? 0.0 : planes / 8e9);
+  const int64_t inputs = a.C / a.groups;
+  const bool in_registers = !kWeightGradient && a.C == a.K && kLanes<T> % inputs == 0 && a.S <= 3;
+  const double bytes = double(a.N) * double(a.C * a.H * a.W + a.K * a.P * a.Q) * sizeof(T);
+  return conv2d_flops(a) / (peak_flops<T>(machine) * (in_registers ? 0.4 : 0.14)) +
+         bytes / (depthwise_over_channels(a) ? 15e9 : 8e9);
 }
 
 }  // namespace fastconv::FASTCONV_TARGET

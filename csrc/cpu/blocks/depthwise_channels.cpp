@@ -31,10 +31,11 @@ FC_INLINE int64_t apart(const Conv2dProblem& a) {
 // One vector of filters of one output row, in one block of columns.
 template <class T>
 struct PixelRow {
-  const T* const* lines;  // of the filter rows that meet the input, in order, each as often as there are inputs
-  int64_t rows;           // how many
-  int64_t line_offset;    // of this vector of filters
-  const T* w;             // [row][S][lane]
+  const T* const* lines;                   // of the filter rows that meet the input, in order, each as often as there are inputs
+  int64_t rows;                            // how many
+  const typename index_vec<T>::Int* pick;  // [row][lane], where the inputs are permuted
+  int64_t line_offset;                     // of this vector of filters
+  const T* w;                              // [row][S][lane]
   int64_t S, stride, dilation;
   int64_t pixels;
   int lanes;  // of the vector that exist
@@ -48,13 +49,15 @@ struct PixelRow {
 
 // --- transform: channel_lines.h and channel_weights.h.
 
-// --- multiply. kR is 0 where the number of rows is only known at run time, kS and kStride likewise.
-template <class T, int kPixels, int kS, int kStride>
-FC_INLINE void multiply_taps(const T* line, const vec<T>* weight, vec<T> (&sum)[kPixels]) {
+// --- multiply. kInput says how a lane gets its input, see channel_lines.h. kR is 0 where the number of rows is only known at run
+// time, kS and kStride likewise.
+template <class T, int kPixels, int kS, int kStride, LaneInput kInput = LaneInput::copied>
+FC_INLINE void multiply_taps(const T* line, const vec<T>* weight, vec<T> (&sum)[kPixels], index_vec<T> pick = index_vec<T>{}) {
 #pragma GCC unroll 64
   for (int column = 0; column < (kPixels - 1) * kStride + kS; ++column) {
     // GCC would make the load an operand of each of its FMAs: 63 loads for 63 FMAs of a 3x3 tile instead of 27, and 5 % slower.
-    vec<T> x = load(line + column * kLanes<T>);
+    vec<T> x = kInput == LaneInput::broadcast ? set1(line[column * kLanes<T>]) : load(line + column * kLanes<T>);
+    if constexpr (kInput == LaneInput::permuted) x = permute(x, pick);
 #ifdef __x86_64__
     asm("" : "+v"(x.v));
 #endif
@@ -98,7 +101,7 @@ FC_INLINE void finish_tile(const PixelRow<T>& a, Activation activation, vec<T> (
 }
 
 // Filters of at most seven columns: all rows of the filter for one tile, then the next tile.
-template <class T, int kPixels, int kR, int kS, int kStride>
+template <class T, int kPixels, int kR, int kS, int kStride, LaneInput kInput = LaneInput::copied>
 void multiply_row(const PixelRow<T>& a) {
   constexpr int kL = kLanes<T>;
   // All weights stay in registers where there is room: 9 + 14 sums + 1 input. With S of them at a time the loads and the loop
@@ -137,7 +140,9 @@ void multiply_row(const PixelRow<T>& a) {
         vec<T> weight[kS];
 #pragma GCC unroll 8
         for (int s = 0; s < kS; ++s) weight[s] = load(w + s * kL);
-        multiply_taps<T, kPixels, kS, kStride>(lines[r] + line_offset + q * kStride * kL, weight, sum);
+        index_vec<T> pick{};
+        if constexpr (kInput == LaneInput::permuted) pick = index_load<T>(a.pick + r * kL);
+        multiply_taps<T, kPixels, kS, kStride, kInput>(lines[r] + line_offset + q * kStride * kL, weight, sum, pick);
         w += kS * kL;
       }
     } else {
@@ -204,10 +209,27 @@ void multiply_wide(const PixelRow<T>& a) {
 template <class T>
 using RowFunction = void (*)(const PixelRow<T>&);
 
+// Whether the inputs of groups come from registers: filters of the sizes that networks group.
+template <class T>
+FC_INLINE LaneInput input_of(const Conv2dProblem& a, int64_t dilation) {
+  const bool tile = (a.dilation_w == dilation || a.S == 1) && ((a.stride_w == 1 && a.S <= 3) || (a.stride_w == 2 && a.S == 3));
+  return tile ? lane_input<T>(a) : LaneInput::copied;
+}
+
+template <class T, int kPixels, LaneInput kInput>
+RowFunction<T> choose_grouped_row(const Conv2dProblem& a) {
+  if (a.stride_w == 2) return multiply_row<T, kPixels, 0, 3, 2, kInput>;
+  if (a.S == 1) return multiply_row<T, kPixels, 0, 1, 1, kInput>;
+  return a.S == 2 ? multiply_row<T, kPixels, 0, 2, 1, kInput> : multiply_row<T, kPixels, 0, 3, 1, kInput>;
+}
+
 // For rows whose filter lies inside the input from top to bottom (`whole`), and for the others.
 template <class T, int kPixels>
 RowFunction<T> choose_row(const Conv2dProblem& a, int64_t dilation, bool whole) {
   const bool dense = a.dilation_w == dilation || a.S == 1;
+  const LaneInput input = input_of<T>(a, dilation);
+  if (input == LaneInput::permuted) return choose_grouped_row<T, kPixels, LaneInput::permuted>(a);
+  if (input == LaneInput::broadcast) return choose_grouped_row<T, kPixels, LaneInput::broadcast>(a);
   if (dense && a.stride_w == 1) {
     if (whole && a.R == 3 && a.S == 3 && a.C == a.groups) return multiply_row<T, kPixels, 3, 3, 1>;
     switch (a.S) {
@@ -254,35 +276,52 @@ constexpr int64_t kMostRows = 4;
 template <class T>
 struct Layout {
   int64_t dilation, pixels;
+  LaneInput input;
+  int64_t inputs;  // of a filter
   ChannelBlocks<T> blocks;
 
   FC_INLINE explicit Layout(const Conv2dProblem& a)
-      : dilation(apart(a)), pixels(pixels_of(ceil_div(a.Q, dilation))), blocks(a, pixels, dilation, kMostRows) {}
+      : dilation(apart(a)),
+        pixels(pixels_of(ceil_div(a.Q, dilation))),
+        input(input_of<T>(a, dilation)),
+        inputs(a.C == a.groups ? 1 : a.C / a.groups),
+        blocks(a, pixels, dilation, kMostRows, input) {}
 };
 
 // What one thread works in.
 template <class T>
 struct Scratch {
-  T* weights;      // [vector][R][input][S][lane]
-  T* bias;         // [vector][lane]
-  T* sums;         // [pixel][lane]
-  const T** rows;  // [row of the tile][R][input]: where it is in the ring
-  int8_t* packed;  // [block of channels]: its weights and bias are there
+  T* weights;                        // [vector][R][input][S][lane]
+  T* bias;                           // [vector][lane]
+  T* sums;                           // [pixel][lane]
+  const T** rows;                    // [row of the tile][R][input]: where it is in the ring
+  typename index_vec<T>::Int* pick;  // [R][input][lane]
+  int8_t* packed;                    // [block of channels]: its weights and bias are there
   LineRing<T> ring;
 
-  FC_INLINE Scratch(const Conv2dProblem& a, const ChannelBlocks<T>& blocks, Arena& arena)
-      : weights(arena.take<T>(blocks.vectors * a.R * a.S * blocks.inputs * kLanes<T>)),
-        bias(arena.take<T>(blocks.vectors * kLanes<T>)),
-        sums(arena.take<T>(blocks.q_size * kLanes<T>)),
-        rows(arena.take<const T*>(blocks.tile_rows * a.R * blocks.inputs)),
-        packed(arena.take<int8_t>(blocks.of_vectors.parts)),
-        ring(blocks.window, blocks.line_size(), arena) {}
+  FC_INLINE Scratch(const Conv2dProblem& a, const Layout<T>& layout, Arena& arena)
+      : weights(arena.take<T>(layout.blocks.vectors * a.R * a.S * layout.inputs * kLanes<T>)),
+        bias(arena.take<T>(layout.blocks.vectors * kLanes<T>)),
+        sums(arena.take<T>(layout.blocks.q_size * kLanes<T>)),
+        rows(arena.take<const T*>(layout.blocks.tile_rows * a.R * layout.inputs)),
+        pick(arena.take<typename index_vec<T>::Int>(layout.input == LaneInput::permuted ? a.R * layout.inputs * kLanes<T> : 0)),
+        packed(arena.take<int8_t>(layout.blocks.of_vectors.parts)),
+        ring(layout.blocks.window, layout.blocks.line_size(), arena) {}
+
+  // Lane i of input j is channel j of the group of lane i, for every row of the filter.
+  FC_INLINE void fill_pick(int64_t rows_of_filter, int64_t inputs) {
+    for (int64_t row = 0; row < rows_of_filter * inputs; ++row) {
+      for (int64_t i = 0; i < kLanes<T>; ++i) {
+        pick[row * kLanes<T> + i] = typename index_vec<T>::Int(i / inputs * inputs + row % inputs);
+      }
+    }
+  }
 };
 
 template <class T>
 int64_t scratch_bytes(const Conv2dProblem& a, const Layout<T>& layout) {
   Arena arena(nullptr);
-  Scratch<T>(a, layout.blocks, arena);
+  Scratch<T>(a, layout, arena);
   return arena.used();
 }
 
@@ -313,11 +352,16 @@ void depthwise_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, cons
   const ChannelBlocks<T>& blocks = layout.blocks;
   const RowFunction<T> multiply_whole = choose_row<T>(a, layout.pixels, layout.dilation, true);
   const RowFunction<T> multiply_clipped = choose_row<T>(a, layout.pixels, layout.dilation, false);
-  const int64_t per_thread = scratch_bytes<T>(a, layout), inputs = blocks.inputs, filter_size = a.R * a.S * inputs * kL;
+  const int64_t per_thread = scratch_bytes<T>(a, layout), inputs = layout.inputs, filter_size = a.R * a.S * inputs * kL;
   const int64_t dilation = layout.dilation, tile_rows = blocks.tile_rows, tiles = (a.P + tile_rows - 1) / tile_rows;
+  // From one input of a line to the next.
+  const int64_t input_step = layout.input == LaneInput::copied      ? blocks.input_size()
+                             : layout.input == LaneInput::broadcast ? 1
+                                                                    : 0;
   parallel_ranges(context, a.N * blocks.q_blocks * blocks.of_vectors.parts * tiles, [&](int thread, int64_t begin, int64_t end) {
     Arena arena(static_cast<char*>(context.workspace) + thread * per_thread);
-    Scratch<T> scratch(a, blocks, arena);
+    Scratch<T> scratch(a, layout, arena);
+    if (layout.input == LaneInput::permuted) scratch.fill_pick(a.R, inputs);
     scratch.ring.fill_zeros();
     for (int64_t i = 0; i < blocks.of_vectors.parts; ++i) scratch.packed[i] = 0;
     int64_t unit = begin / tiles - 1, tile = tiles, n = 0, q0 = 0, v0 = 0, vectors = 0;
@@ -346,7 +390,7 @@ void depthwise_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, cons
         for (int64_t i = 0; i < count; ++i) copy_channels(a, blocks, x + h[i] * a.x.h, v0 * kL, vectors, w0, to[i]);
       });
       PixelRow<T> row;
-      row.sums = scratch.sums;
+      row.sums = scratch.sums, row.pick = scratch.pick;
       row.S = a.S, row.stride = a.stride_w, row.dilation = a.dilation_w;
       row.pixels = a.Q - q0 < blocks.q_size ? a.Q - q0 : blocks.q_size;
       row.y_step = a.y.w;
@@ -357,12 +401,12 @@ void depthwise_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, cons
         const T** to = scratch.rows + b * a.R * inputs;
         for (int64_t r = taps[b].begin; r < taps[b].end; ++r) {
           const T* line = scratch.ring.lines[b * a.stride_h + r * a.dilation_h];
-          for (int64_t j = 0; j < inputs; ++j, line += blocks.input_size()) *to++ = line;
+          for (int64_t j = 0; j < inputs; ++j, line += input_step) *to++ = line;
         }
       }
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t k = (v0 + v) * kL, y_offset = n * a.y.n + p0 * a.y.h + q0 * a.y.w + k;
-        row.line_offset = v * inputs * blocks.input_size();
+        row.line_offset = v * blocks.inputs * blocks.input_size();
         row.lanes = a.K - k < kL ? int(a.K - k) : kL;
         row.bias = scratch.bias + k;
         for (int64_t b = 0; b < rows; ++b) {

@@ -117,7 +117,7 @@ struct Layout {
                        // threads' scratch
 
   FC_INLINE explicit Layout(const Conv2dProblem& a)
-      : blocks(a, 1, 1, 1),
+      : blocks(a, 1, 1, 1, LaneInput::copied),
         pieces(row_pieces(a.N * a.P, 1, blocks.of_vectors.parts)),
         sums((blocks.inputs * a.R * a.S + 1) * kLanes<T>) {
     Arena arena(nullptr);
@@ -184,7 +184,22 @@ void write_gradient(const Conv2dProblem& a, const Conv2dArgs& args, int64_t v, c
     const int64_t k = v * kL + i, g = filters == 1 ? k : k / filters;
     to[i] = static_cast<T*>(args.w) + g * a.w.g + (k - g * filters) * a.w.k;
   }
-  for (int64_t c = 0; c < inputs; ++c) {
+  const bool dense = a.w.s == 1 && a.w.r == a.S && kL >= 8;
+  for (int64_t c = 0; c < inputs && dense; ++c) {
+    for (int64_t t = 0; t < a.R * a.S; t += kL) {  // a filter's taps are neighbours
+      const int count = int(clamp(a.R * a.S - t, 0, kL));
+      vec<T> rows[kL];
+#pragma GCC unroll 16
+      for (int i = 0; i < kL; ++i) rows[i] = i < count ? load(sums + i * kL) : zero<T>();
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kL; ++i) {
+        if (i < lanes) store(to[i] + c * a.w.c + t, rows[i], count);
+      }
+      sums += count * kL;
+    }
+  }
+  for (int64_t c = 0; c < inputs && !dense; ++c) {
     for (int64_t r = 0; r < a.R; ++r) {
       for (int64_t s = 0; s < a.S; ++s, sums += kL) {
         const int64_t offset = c * a.w.c + r * a.w.r + s * a.w.s;

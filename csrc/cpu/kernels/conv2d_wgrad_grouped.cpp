@@ -25,7 +25,7 @@ int64_t workspace(const Conv2dProblem& a, const Machine& machine) {
 }
 
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, grouped_cost<T>, workspace<T>, run<T>};
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, grouped_cost<T, true>, workspace<T>, run<T>};
 
 }  // namespace
 
