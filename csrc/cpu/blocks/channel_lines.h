@@ -32,6 +32,16 @@ FC_INLINE LaneInput lane_input(const Conv2dProblem& a) {
                                                          : LaneInput::copied;
 }
 
+// pick[row][lane]: which lane of x a permutation takes for input `row % inputs`, the channel of that number of the lane's group.
+template <class T>
+FC_INLINE void fill_pick(int64_t rows, int64_t inputs, typename index_vec<T>::Int* pick) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      pick[row * kLanes<T> + i] = typename index_vec<T>::Int(i / inputs * inputs + row % inputs);
+    }
+  }
+}
+
 // How K, Q are cut into blocks whose lines fit kLineBytes. `pixels` is the width of a register tile. With `dilation` above 1 the
 // columns of one residue lie side by side, so that a dilated row is as many dense ones.
 template <class T>

@@ -307,15 +307,6 @@ struct Scratch {
         pick(arena.take<typename index_vec<T>::Int>(layout.input == LaneInput::permuted ? a.R * layout.inputs * kLanes<T> : 0)),
         packed(arena.take<int8_t>(layout.blocks.of_vectors.parts)),
         ring(layout.blocks.window, layout.blocks.line_size(), arena) {}
-
-  // Lane i of input j is channel j of the group of lane i, for every row of the filter.
-  FC_INLINE void fill_pick(int64_t rows_of_filter, int64_t inputs) {
-    for (int64_t row = 0; row < rows_of_filter * inputs; ++row) {
-      for (int64_t i = 0; i < kLanes<T>; ++i) {
-        pick[row * kLanes<T> + i] = typename index_vec<T>::Int(i / inputs * inputs + row % inputs);
-      }
-    }
-  }
 };
 
 template <class T>
@@ -361,7 +352,7 @@ void depthwise_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, cons
   parallel_ranges(context, a.N * blocks.q_blocks * blocks.of_vectors.parts * tiles, [&](int thread, int64_t begin, int64_t end) {
     Arena arena(static_cast<char*>(context.workspace) + thread * per_thread);
     Scratch<T> scratch(a, layout, arena);
-    if (layout.input == LaneInput::permuted) scratch.fill_pick(a.R, inputs);
+    if (layout.input == LaneInput::permuted) fill_pick<T>(a.R * inputs, inputs, scratch.pick);
     scratch.ring.fill_zeros();
     for (int64_t i = 0; i < blocks.of_vectors.parts; ++i) scratch.packed[i] = 0;
     int64_t unit = begin / tiles - 1, tile = tiles, n = 0, q0 = 0, v0 = 0, vectors = 0;
