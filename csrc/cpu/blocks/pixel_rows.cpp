@@ -5,6 +5,7 @@
 #include "cpu/blocks/gemm_tile.h"
 #include "cpu/blocks/parallel.h"
 #include "cpu/blocks/split.h"
+#include "cpu/blocks/thin_tile.h"
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
@@ -80,12 +81,20 @@ struct Scratch {
 // One block of the reduction: taps first .. first+taps of the filter, elements begin .. begin+depth of each.
 struct Block {
   int64_t first, taps, begin, depth;
+  int64_t r, s;  // filter position of tap `first`, where taps are positions
+  bool within;   // 1x1 without padding: no pixel is outside
 };
 
-FC_INLINE Block block_at(const Reduction& reduction, int64_t index) {
+FC_INLINE Block block_at(const Conv2dProblem& a, const Reduction& reduction, int64_t index) {
   const int64_t group = index % reduction.tap_groups.parts, chunk = index / reduction.tap_groups.parts;
-  return {reduction.tap_groups.begin(group), reduction.tap_groups.size(group), reduction.chunks.begin(chunk),
-          reduction.chunks.size(chunk)};
+  const int64_t first = reduction.tap_groups.begin(group);
+  return {first,
+          reduction.tap_groups.size(group),
+          reduction.chunks.begin(chunk),
+          reduction.chunks.size(chunk),
+          first / a.S,
+          first % a.S,
+          a.R * a.S == 1 && a.pad_top == 0 && a.pad_left == 0 && (a.P - 1) * a.stride_h < a.H && (a.Q - 1) * a.stride_w < a.W};
 }
 
 template <class T>
@@ -108,8 +117,12 @@ FC_INLINE void point_row(const Conv2dProblem& a, const Reduction& reduction, con
                          int64_t q, int rows, int m, const Scratch<T>& scratch) {
   const int64_t top = p * a.stride_h - a.pad_top, left = q * a.stride_w - a.pad_left;
   x += n * a.x.n;
+  if (block.within) {
+    scratch.rows[m] = x + top * a.x.h + left * a.x.w + block.begin;
+    return;
+  }
   if (!reduction.whole_rows) {
-    int64_t r = block.first / a.S, s = block.first % a.S;
+    int64_t r = block.r, s = block.s;
     for (int64_t t = 0; t < block.taps; ++t) {
       const int64_t h = top + r * a.dilation_h, w = left + s * a.dilation_w;
       const bool inside = uint64_t(h) < uint64_t(a.H) && uint64_t(w) < uint64_t(a.W);
@@ -168,7 +181,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
   const EvenSplit tiles(task.last_pixel - task.first_pixel, GemmTile::rows(int(shares.vectors.largest())));
 
   for (int64_t b = 0; b < reduction.blocks; ++b) {
-    const Block block = block_at(reduction, b);
+    const Block block = block_at(a, reduction, b);
     const T* panels = static_cast<const T*>(args.packed) + kept_panel(reduction, shares, task.g, b, task.first_panel);
     if (!args.packed) {
       for (int64_t i = 0; i < task.panel_count; ++i) {
@@ -212,6 +225,39 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
   }
 }
 
+// A task of few pixels, Linear's rows: each filter is used too rarely to be worth packing. One vector of filters at a time goes
+// through all blocks, so that memory is read in long runs: at 4096 x 4096, 7.6 GB/s where every panel stops at the end of a
+// block.
+FC_INLINE bool is_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task) {
+  return !args.packed && a.R * a.S == 1 && a.w.c == 1 && task.last_pixel - task.first_pixel <= kThinRows;
+}
+
+template <class T>
+void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, const Reduction& reduction, const Shares& shares,
+              const Scratch<T>& scratch) {
+  const int64_t filters = a.K / a.groups, first_k = shares.vectors.begin(task.first_panel) * kLanes<T>,
+                last_k = clamp(shares.vectors.begin(task.first_panel + task.panel_count) * kLanes<T>, 0, filters);
+  const int rows = int(task.last_pixel - task.first_pixel);
+  const T* x = static_cast<const T*>(args.x) + task.g * (a.C / a.groups);
+  for (int64_t k = first_k; k < last_k; k += kLanes<T>) {
+    for (int64_t b = 0; b < reduction.blocks; ++b) {
+      const Block block = block_at(a, reduction, b);
+      T* y[kThinRows];
+      for (int m = 0; m < rows; ++m) {
+        const int64_t pixel = task.first_pixel + m, q = pixel % a.Q, p = pixel / a.Q % a.P, n = pixel / a.Q / a.P;
+        point_row(a, reduction, block, x, n, p, q, rows, m, scratch);
+        y[m] = static_cast<T*>(args.y) + n * a.y.n + p * a.y.h + q * a.y.w + task.g * filters + k;
+      }
+      const ColumnPiece piece = {0, int32_t(last_k - k < kLanes<T> ? last_k - k : kLanes<T>), 0, 1};
+      const T* w = static_cast<const T*>(args.w) + task.g * a.w.g + k * a.w.k + block.begin;
+      thin_tile<T>(rows, {scratch.rows, w, a.w.k, piece.end, block.depth},
+                   {y, &piece, 1, b > 0, b == reduction.blocks - 1, a.epilogue.activation,
+                    a.epilogue.bias ? static_cast<const T*>(args.bias) + task.g * filters + k : nullptr, nullptr,
+                    a.epilogue.residual ? static_cast<const T*>(args.residual) : nullptr, static_cast<T*>(args.y)});
+    }
+  }
+}
+
 }  // namespace
 
 const char* pixel_rows_reject(const Conv2dProblem& a) {
@@ -245,7 +291,8 @@ void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Contex
       int64_t count = panels - panel < end - i ? panels - panel : end - i;
       if (count > shares.panels_per_block) count = shares.panels_per_block;
       const int64_t first = pixels * split / splits, last = pixels * (split + 1) / splits;
-      if (first < last) run_task(a, args, {g, panel, count, first, last}, reduction, shares, scratch);
+      const Task task = {g, panel, count, first, last};
+      if (first < last) (is_thin(a, args, task) ? run_thin<T> : run_task<T>)(a, args, task, reduction, shares, scratch);
       i += count;
     }
   });
@@ -266,7 +313,7 @@ void pixel_rows_pack(const Conv2dProblem& a, const void* w, void* packed) {
   for (int64_t g = 0; g < a.groups; ++g) {
     for (int64_t b = 0; b < reduction.blocks; ++b) {
       for (int64_t panel = 0; panel < shares.vectors.parts; ++panel) {
-        pack_panel(a, reduction, shares, block_at(reduction, b), static_cast<const T*>(w), g, panel, tap_offset,
+        pack_panel(a, reduction, shares, block_at(a, reduction, b), static_cast<const T*>(w), g, panel, tap_offset,
                    static_cast<T*>(packed) + kept_panel(reduction, shares, g, b, panel));
       }
     }
