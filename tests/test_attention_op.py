@@ -254,6 +254,20 @@ def test_gradcheck_of_groups() -> None:
     assert torch.autograd.gradgradcheck(lambda *t: sdpa(*t, enable_gqa=True), (q, k, v))
 
 
+def test_second_derivatives_go_through_the_output_once() -> None:
+    """sin makes dout of out, which gradgradcheck never does."""
+    inputs = operands((1, 2, 4, 3), (1, 2, 5, 3))
+
+    def second(attention: Any) -> Any:
+        leaves = [leaf(t) for t in inputs]
+        first = torch.autograd.grad(attention(*leaves).sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = second(F.scaled_dot_product_attention)
+    assert_close(second(sdpa), expected)
+
+
 def test_vmap() -> None:
     q, k, v = operands((5, 2, 3, 4, 8), (5, 2, 3, 6, 8))
     mask = torch.rand(4, 6) > 0.3

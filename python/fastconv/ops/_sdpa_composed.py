@@ -106,8 +106,9 @@ def double_backward(
         leaves: list[Any] = []
         for t in inputs:
             wants = t is not None and t.is_floating_point()
-            # Kept in the caller's graph where there is one: any order of derivatives.
-            leaves.append(t if t is None or t.requires_grad else t.detach().requires_grad_(wants))
+            # Part of the caller's graph where there is one, for any order of derivatives, but not the caller's own tensor: dout
+            # is made of out, and what it says of q by way of out is not asked here.
+            leaves.append(t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_(wants))
         dout, dlse, q, k, v, mask = leaves
         a = _Parts(q, k, v, mask, options)
         moving = [q, k, v, *([mask] if mask is not None and mask.is_floating_point() else [])]
