@@ -26,7 +26,9 @@ using Quint = std::array<int64_t, 5>;
 Dtype parse_dtype(const std::string& name) {
   if (name == "f32") return Dtype::f32;
   if (name == "f64") return Dtype::f64;
-  throw std::invalid_argument("dtype: got '" + name + "', expected f32 or f64");
+  if (name == "bf16") return Dtype::bf16;
+  if (name == "f16") return Dtype::f16;
+  throw std::invalid_argument("dtype: got '" + name + "', expected f32, f64, bf16 or f16");
 }
 
 Activation parse_activation(const std::string& name) {
@@ -45,7 +47,8 @@ MaskKind parse_mask(const std::string& name) {
   if (name == "none") return MaskKind::none;
   if (name == "boolean") return MaskKind::boolean;
   if (name == "additive") return MaskKind::additive;
-  throw std::invalid_argument("mask: got '" + name + "', expected none, boolean or additive");
+  if (name == "wide") return MaskKind::wide;
+  throw std::invalid_argument("mask: got '" + name + "', expected none, boolean, additive or wide");
 }
 
 template <class T>
