@@ -112,7 +112,23 @@ def scaled_dot_product_attention(
                 f"{query.dtype}"
             )
         return _theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    p = _probability(dropout_p)
+    return _answer(query, key, value, attn_mask, _probability(dropout_p), is_causal, (scale, enable_gqa), own)
+
+
+def _answer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | CausalBias | None,
+    p: float,
+    is_causal: bool,
+    plain: tuple[Any, bool],
+    own: dict[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What our kernels make of operands that they have; `plain` is scale and enable_gqa, `own` the options that torch has not."""
+    (scale, enable_gqa), return_lse = plain, "return_lse" in own
+    bias = attn_mask if isinstance(attn_mask, CausalBias) else None
+    mask = None if bias is not None else attn_mask
     query, key, value, mask = _autocast(query, key, value, mask)
     if bias is not None and is_causal:
         raise ValueError("CausalBias should not be used with causal=True: got is_causal=True beside a causal attn_mask")
@@ -122,16 +138,21 @@ def scaled_dot_product_attention(
     lower_right = bias is not None and bias.variant == CausalVariant.LOWER_RIGHT
     if bias is not None and (bias.seq_len_q, bias.seq_len_kv) != (L, S):
         raise RuntimeError(f"attn_mask is a causal bias of {bias.seq_len_q} x {bias.seq_len_kv}, expected {L} x {S}")
-    low, high = _band(window, is_causal or bias is not None, S - L if lower_right else 0, L, S)
+    low, high = _band(own.get("window"), is_causal or bias is not None, S - L if lower_right else 0, L, S)
     options = ops.Options(
-        _scale(scale, query.shape[-1]), low, high, float(softcap or 0.0), p, _draw() if 0 < p < 1 else 0
+        _scale(scale, query.shape[-1]), low, high, float(own.get("softcap", 0.0)), p, _draw() if 0 < p < 1 else 0
     )
     if options.softcap < 0:
-        raise RuntimeError(f"{_OP}: softcap has to be positive, but got {softcap}")
+        raise RuntimeError(f"{_OP}: softcap has to be positive, but got {options.softcap:g}")
     whole = heads.mask(mask, query.dtype)
-    if not return_lse:
+    asked = None if torch.compiler.is_compiling() else _asked.get()
+    if not return_lse and asked is None:
         return heads.undo(ops.sdpa_out(heads.q, heads.k, heads.v, whole, options))
     out, lse = ops.sdpa(heads.q, heads.k, heads.v, whole, options)
+    if asked is not None:
+        asked.append(heads.undo(ops.weights(heads.q, heads.k, whole, lse, options)))
+        if not return_lse:
+            return heads.undo(out)
     return heads.undo(out), heads.undo(lse)
 
 
@@ -297,6 +318,20 @@ class _Heads:
         if len(self.batch) < 2:
             return t[(0,) * (2 - len(self.batch))]
         return t if len(self.batch) == 2 else t.unflatten(0, self.batch[:-1])
+
+
+_asked: ContextVar[list[Tensor] | None] = ContextVar("fastconv_attention_weights", default=None)
+
+
+@contextmanager
+def weights_of(wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Yields a list to which every attention of ours in the block appends its weights (..., L, S), dropout applied, if wanted."""
+    weights: list[Tensor] = []
+    token = _asked.set(weights if wanted else None)
+    try:
+        yield weights
+    finally:
+        _asked.reset(token)
 
 
 # torch's function, and how many blocks have ours in its place.

@@ -47,11 +47,11 @@ def dropout_factors(shape: Sequence[int], options: Options, like: Tensor) -> Ten
 class _Parts:
     """Scores, weights, and what is hidden, of one attention."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: MaybeTensor, mask: MaybeTensor, options: Options) -> None:
         self.options, self.group, self.precision = options, q.shape[1] // k.shape[1], computed_in(q.dtype)
         stored = q.dtype
         q = q.to(self.precision)
-        self.q, self.k, self.v = q, self.shared(k), self.shared(v)
+        self.q, self.k = q, self.shared(k)
         s = options.scale * (q @ self.k.mT)
         if options.softcap:
             t = torch.tanh(s / options.softcap)
@@ -62,7 +62,11 @@ class _Parts:
             hidden = hidden | ~mask
         elif mask is not None:
             s = s + mask.to(self.precision)
-        s = s.masked_fill(hidden, -torch.inf)
+        self.scores = s = s.masked_fill(hidden, -torch.inf)
+        self.factors: Tensor | float = dropout_factors(s.shape, options, q) if options.dropout else 1.0
+        if v is None:
+            return
+        self.v = self.shared(v)
         # Subtracting the largest changes no derivative.
         most = s.detach().amax(3, keepdim=True) if k.shape[2] else s.new_zeros(*s.shape[:3], 1)
         most = torch.where(most == -torch.inf, 0.0, most)
@@ -72,12 +76,19 @@ class _Parts:
         total = torch.where(dead, 1.0, total)
         self.weights = e / total
         self.lse = torch.where(dead, -torch.inf, most + torch.log(total)).squeeze(3)
-        self.factors: Tensor | float = dropout_factors(s.shape, options, q) if options.dropout else 1.0
         self.out = ((self.weights * self.factors) @ self.v).to(stored)
 
     def shared(self, t: Tensor) -> Tensor:
         t = t.to(self.precision)
         return t if self.group == 1 else t.repeat_interleave(self.group, 1)
+
+
+def weights(q: Tensor, k: Tensor, mask: MaybeTensor, lse: Tensor, options: Options) -> Tensor:
+    """exp(scores - lse), and what dropout makes of it. Where a query sees nothing, 0."""
+    a = _Parts(q, k, None, mask, options)
+    dead = lse == -torch.inf
+    found = torch.exp(a.scores - torch.where(dead, 0.0, lse)[..., None])
+    return (found * a.factors).to(q.dtype)
 
 
 def jvp(

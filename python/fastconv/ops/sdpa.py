@@ -337,5 +337,10 @@ def sdpa_out(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Option
     return _sdpa(q, k, v, mask, options)[0]
 
 
+def weights(q: Tensor, k: Tensor, mask: MaybeTensor, lse: Tensor, options: Options) -> Tensor:
+    """What an attention multiplied values with, (B, Hq, Lq, Lkv), dropout applied: by torch's operations, with gradients."""
+    return composed.weights(q, k, mask, lse, options)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> tuple[Tensor, Tensor]:
     return call(_Sdpa, _fwd, _ops.sdpa_fwd, (q, k, v, mask), *options)  # type: ignore[no-any-return, arg-type]
