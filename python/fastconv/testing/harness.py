@@ -240,7 +240,23 @@ def run(
     if isinstance(case, ConvCase):
         plan.run_conv2d(*(address.get(name, 0) for name in ("x", "w", "bias", "residual", "y")), scratch_address)
     elif isinstance(case, SdpaCase):
-        every = ("q", "k", "v", "mask", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "dmask")
+        every = (
+            "q",
+            "k",
+            "v",
+            "mask",
+            "out",
+            "lse",
+            "dout",
+            "dlse",
+            "dq",
+            "dk",
+            "dv",
+            "dmask",
+            "bias",
+            "sink",
+            "dbias",
+        )
         plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
     else:
         plan.run_pool2d(*(address.get(name, 0) for name in ("x", "y", "indices")), scratch_address)
