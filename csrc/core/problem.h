@@ -8,7 +8,8 @@
 
 namespace fastconv {
 
-enum class Dtype : int32_t { f32, f64 };
+// How operands are stored. bf16 and f16 are computed in f32.
+enum class Dtype : int32_t { f32, f64, bf16, f16 };
 
 enum class Activation : int32_t { none, relu, relu6, silu, hardswish, gelu, sigmoid };
 
