@@ -47,7 +47,8 @@ MaskKind parse_mask(const std::string& name) {
   if (name == "none") return MaskKind::none;
   if (name == "boolean") return MaskKind::boolean;
   if (name == "additive") return MaskKind::additive;
-  throw std::invalid_argument("mask: got '" + name + "', expected none, boolean or additive");
+  if (name == "wide") return MaskKind::wide;
+  throw std::invalid_argument("mask: got '" + name + "', expected none, boolean, additive or wide");
 }
 
 template <class T>

@@ -89,7 +89,9 @@ struct Pool2dProblem {
   Stride4 x, y;
 };
 
-enum class MaskKind : int32_t { none, boolean, additive };
+// What is added to scores: bytes, 0 for -inf; numbers stored as the operands are; numbers of the precision that they are computed
+// in, which a mask of f32 beside operands of bf16 is.
+enum class MaskKind : int32_t { none, boolean, additive, wide };
 
 // Strides of (batch, head, position, feature); of a mask: (batch, head, query, key), 0 where it is broadcast.
 struct SdpaStride {
@@ -110,7 +112,7 @@ struct Dropout {
 };
 
 // out, dout, dq, dk, dv: forward writes out and (where given) lse, backward reads them. lse (B, Hq, Lq), dlse likewise and dmask
-// (B, Hq, Lq, Lkv) are contiguous; lse, dlse, mask and dmask may be absent.
+// (B, Hq, Lq, Lkv) are contiguous and of the precision that is computed in; lse, dlse, mask and dmask may be absent.
 struct SdpaArgs {
   void *q, *k, *v, *mask, *out, *lse;
   void *dout, *dlse, *dq, *dk, *dv, *dmask;
@@ -121,8 +123,8 @@ struct SdpaArgs {
 //   s[i,j]  = softcap( scale * sum_d q[i,d] * k[j,d] ) + mask[i,j]      where j lies in the band of i, else -inf
 //   out[i]  = sum_j exp(s[i,j] - lse[i]) * v[j],   lse[i] = log sum_j exp(s[i,j])
 //
-// with softcap(x) = softcap * tanh(x / softcap), or x where softcap is 0. A boolean mask is bytes, 0 for -inf. A query that sees
-// no key has out = 0, lse = -inf and no gradient. D features of queries and keys, Dv of values.
+// with softcap(x) = softcap * tanh(x / softcap), or x where softcap is 0. A query that sees no key has out = 0, lse = -inf and no
+// gradient. D features of queries and keys, Dv of values.
 struct SdpaProblem {
   using Args = SdpaArgs;
   Dtype dtype;

@@ -17,8 +17,9 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import has_torch_function_variadic
 
 from ._arguments import as_int, describe
-from ._routes import check_one_device, for_torch, overridden
+from ._routes import autocast_to, check_one_device, for_torch, overridden
 from .ops import sdpa as ops
+from .ops._dispatch import WITH_HALVES, computed_in
 
 _OP = "scaled_dot_product_attention"
 
@@ -77,15 +78,18 @@ def scaled_dot_product_attention(
     mask is True where a key is seen; a floating one is added. `is_causal` counts from the upper left corner, and
     `torch.nn.attention.bias.causal_lower_right` as `attn_mask` from the other. Mask and `is_causal` may be combined. A query that
     sees no key gives 0 and has no gradient. With `enable_gqa`, heads of `query` share those of `key` and `value` in groups.
-    float32 and float64 on the CPU run on our kernels, which store nothing of size L x S.
+    float32, float64, bfloat16 and float16 on the CPU run on our kernels, which store nothing of size L x S and compute the last
+    two in float32. CPU autocast applies as to torch's function.
 
     Not in torch: `window` lets a query see that many keys on each side of its own (or (before, after); -1 for all), on the
     diagonal that the causal mask has; `softcap` c makes a score c·tanh(score/c) (Gemma 2); `return_lse` returns (output,
-    log-sum-exp of the scores (..., L)), both differentiable.
+    log-sum-exp of the scores (..., L)), both differentiable; the latter is float32 beside halves.
 
     Raises RuntimeError where shapes, dtypes or devices do not fit or `dropout_p` is no probability, TypeError where an argument
     is of the wrong kind, NotImplementedError where an option that torch has not meets tensors that only torch can serve.
     """
+    given = {"window": window, "softcap": softcap or None, "return_lse": return_lse or None}
+    own = {name: value for name, value in given.items() if value is not None}
     if has_torch_function_variadic(query, key, value) or (
         has_torch_function_variadic(attn_mask) and not isinstance(attn_mask, CausalBias)
     ):
@@ -93,26 +97,23 @@ def scaled_dot_product_attention(
             scaled_dot_product_attention,
             _theirs,
             tuple(t for t in (query, key, value, attn_mask) if t is not None),
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **own,
         )  # fmt: skip
     bias = attn_mask if isinstance(attn_mask, CausalBias) else None
     mask = None if bias is not None else attn_mask
     tensors = _tensors(query, key, value, mask)
-    more = [
-        name
-        for name, used in (("window", window is not None), ("softcap", softcap), ("return_lse", return_lse))
-        if used
-    ]
     check_one_device(_OP, tensors)
     if mask is not None and not mask.is_floating_point():
         tensors["attn_mask"] = None  # no dtype that a kernel would lack: boolean, or an error
-    if for_torch(_OP, tensors, True):
-        if more:
+    if for_torch(_OP, tensors, False, dtypes=WITH_HALVES):
+        if own:
             raise NotImplementedError(
-                f"{_OP}: {', '.join(more)} needs float32 or float64 on the CPU, got {query.dtype}"
+                f"{_OP}: {', '.join(own)} needs floating tensors on the CPU that nobody traces, got {describe(query)} of "
+                f"{query.dtype}"
             )
         return _theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     p = _probability(dropout_p)
+    query, key, value, mask = _autocast(query, key, value, mask)
     if bias is not None and is_causal:
         raise ValueError("CausalBias should not be used with causal=True: got is_causal=True beside a causal attn_mask")
     _check_operands(query, key, value, mask)
@@ -139,6 +140,15 @@ def _tensors(query: Any, key: Any, value: Any, mask: Any) -> dict[str, Tensor | 
         if not isinstance(t, Tensor) and not (name == "attn_mask" and t is None):
             raise TypeError(f"{_OP}(): argument '{name}' must be Tensor, not {describe(t)}")
     return {"query": query, "key": key, "value": value, "attn_mask": mask}
+
+
+def _autocast(*tensors: Tensor | None) -> Any:
+    """What CPU autocast makes of the operands: torch's list has this function among those of lower precision."""
+    dtype = autocast_to([t for t in tensors if t is not None])
+    if dtype is None:
+        return tensors
+    # float64 is left alone, and a boolean mask.
+    return [t if t is None or not t.is_floating_point() or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _probability(p: Any) -> float:
@@ -274,8 +284,8 @@ class _Heads:
             or _broadcast([torch.Size(self.scores), mask.shape], "scores and attn_mask") != self.scores
         ):
             raise RuntimeError(f"attn_mask of {_OP}() has shape {list(mask.shape)}, expected {list(self.scores)} or 1s")
-        if mask.dtype is not torch.bool:
-            mask = mask.to(dtype)
+        if mask.dtype not in (torch.bool, dtype):
+            mask = mask.to(computed_in(dtype))
         if len(self.scores) <= 4:
             return mask[(None,) * (4 - mask.dim())]
         leading = mask.dim() - 3

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._dispatch import computed_in
+
 if TYPE_CHECKING:
     from .sdpa import MaybeTensor, Options
 
@@ -46,7 +48,9 @@ class _Parts:
     """Scores, weights, and what is hidden, of one attention."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> None:
-        self.options, self.group = options, q.shape[1] // k.shape[1]
+        self.options, self.group, self.precision = options, q.shape[1] // k.shape[1], computed_in(q.dtype)
+        stored = q.dtype
+        q = q.to(self.precision)
         self.q, self.k, self.v = q, self.shared(k), self.shared(v)
         s = options.scale * (q @ self.k.mT)
         if options.softcap:
@@ -57,7 +61,7 @@ class _Parts:
         if mask is not None and mask.dtype is torch.bool:
             hidden = hidden | ~mask
         elif mask is not None:
-            s = s + mask
+            s = s + mask.to(self.precision)
         s = s.masked_fill(hidden, -torch.inf)
         # Subtracting the largest changes no derivative.
         most = s.detach().amax(3, keepdim=True) if k.shape[2] else s.new_zeros(*s.shape[:3], 1)
@@ -69,9 +73,10 @@ class _Parts:
         self.weights = e / total
         self.lse = torch.where(dead, -torch.inf, most + torch.log(total)).squeeze(3)
         self.factors: Tensor | float = dropout_factors(s.shape, options, q) if options.dropout else 1.0
-        self.out = (self.weights * self.factors) @ self.v
+        self.out = ((self.weights * self.factors) @ self.v).to(stored)
 
     def shared(self, t: Tensor) -> Tensor:
+        t = t.to(self.precision)
         return t if self.group == 1 else t.repeat_interleave(self.group, 1)
 
 
@@ -83,18 +88,18 @@ def jvp(
     a = _Parts(q, k, v, mask, options)
     ts = torch.zeros_like(a.weights)
     if tq is not None:
-        ts = ts + options.scale * (tq @ a.k.mT)
+        ts = ts + options.scale * (tq.to(a.precision) @ a.k.mT)
     if tk is not None:
-        ts = ts + options.scale * (q @ a.shared(tk).mT)
+        ts = ts + options.scale * (a.q @ a.shared(tk).mT)
     if options.softcap:
         ts = ts * a.slope
     if tmask is not None:
-        ts = ts + tmask
+        ts = ts + tmask.to(a.precision)
     tlse = (a.weights * ts).sum(3)
     tout = (a.weights * (ts - tlse[..., None]) * a.factors) @ a.v
     if tv is not None:
         tout = tout + (a.weights * a.factors) @ a.shared(tv)
-    return tout, tlse
+    return tout.to(q.dtype), tlse
 
 
 def double_backward(
@@ -106,8 +111,9 @@ def double_backward(
         leaves: list[Any] = []
         for t in inputs:
             wants = t is not None and t.is_floating_point()
-            # Kept in the caller's graph where there is one: any order of derivatives.
-            leaves.append(t if t is None or t.requires_grad else t.detach().requires_grad_(wants))
+            # Part of the caller's graph where there is one, for any order of derivatives, but not the caller's own tensor: dout
+            # is made of out, and what it says of q by way of out is not asked here.
+            leaves.append(t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_(wants))
         dout, dlse, q, k, v, mask = leaves
         a = _Parts(q, k, v, mask, options)
         moving = [q, k, v, *([mask] if mask is not None and mask.is_floating_point() else [])]

@@ -6,6 +6,9 @@
 The mask has 4 dimensions, of size 1 where it is broadcast. First derivatives run on kernels and store nothing of size Lq x Lkv;
 only the gradient of a mask has that size, since it is one. Second derivatives and forward mode are composed of torch's operations
 (`_sdpa_composed`), which do.
+
+bfloat16 and float16 are how operands are stored: kernels compute in float32, and lse is float32 beside them. A mask may be of the
+operands' dtype or of the one that they are computed in.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch.autograd import Function
 from .. import plan
 from . import _sdpa_composed as composed
 from ._conv2d_kernels import TAGS, library
-from ._dispatch import DTYPES, KERNEL, check_operands, check_shape, way
+from ._dispatch import KERNEL, WITH_HALVES, check_operands, check_shape, computed_in, way
 from .autograd import call, derive, run
 
 Context: TypeAlias = Any
@@ -56,17 +59,18 @@ def _plan(
     if not (B and Hq and Lq):
         return None
     band, dropout = (options.low, options.high), (options.dropout, options.key)
-    problem = plan.sdpa_problem(DTYPES[dtype], named, mask_kind, options.scale, band, options.softcap, dropout)
+    problem = plan.sdpa_problem(WITH_HALVES[dtype], named, mask_kind, options.scale, band, options.softcap, dropout)
     shapes = tuple(named[name][0] for name in ("q", "k", "v"))
-    return plan.make(op, problem, DTYPES[dtype], shapes, threads, force, strict)
+    return plan.make(op, problem, WITH_HALVES[dtype], shapes, threads, force, strict)
 
 
 def _find(op: str, options: Options, tensors: dict[str, MaybeTensor]) -> plan.Plan | None:
-    mask = tensors.get("mask")
-    kind = "none" if mask is None else "boolean" if mask.dtype is torch.bool else "additive"
-    operands = tuple((name, tuple(t.shape), t.stride()) for name, t in tensors.items() if t is not None)
-    q = tensors["q"]
+    mask, q = tensors.get("mask"), tensors["q"]
     assert q is not None
+    kind = "none" if mask is None else "boolean" if mask.dtype is torch.bool else "additive"
+    if kind == "additive" and mask is not None and mask.dtype is not q.dtype:
+        kind = "wide"
+    operands = tuple((name, tuple(t.shape), t.stride()) for name, t in tensors.items() if t is not None)
     made: plan.Plan | None = _plan(
         op, q.dtype, operands, kind, options, torch.get_num_threads(), plan.forced.get().get(op, ""), plan.strict
     )
@@ -85,8 +89,13 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((B, H, L, v.shape[3]))
 
 
+def _row_numbers(q: Tensor) -> Tensor:
+    """An empty log-sum-exp (B, Hq, Lq)."""
+    return q.new_empty(q.shape[:3], dtype=computed_in(q.dtype))
+
+
 def _fwd(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *options: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:3])
+    lse = _row_numbers(q)
     return _run(q, k, v, mask, Options(*options), lse), lse
 
 
@@ -114,7 +123,7 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     whole = _expanded(mask, q, k)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dmask = q.new_empty((*q.shape[:3], k.shape[2]) if mask_gradient else (0,))
+    dmask = q.new_empty((*q.shape[:3], k.shape[2]) if mask_gradient else (0,), dtype=computed_in(q.dtype))
     operands = {"q": q, "k": k, "v": v, "mask": whole, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
     made = _find("sdpa_bwd", Options(*options), operands)
     if made is None:
@@ -122,7 +131,7 @@ def _bwd(
             dq.zero_(),
             dk.zero_(),
             dv.zero_(),
-            dmask.new_zeros(mask.shape if mask_gradient and mask is not None else (0,)),
+            _no_mask(q) if mask is None or not mask_gradient else mask.new_zeros(mask.shape),
         )
     dlse = None if dlse is None else dlse.contiguous()
     made.execute(
@@ -130,9 +139,14 @@ def _bwd(
         out.data_ptr(), lse.contiguous().data_ptr(), dout.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
         dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dmask.data_ptr() if mask_gradient else 0,
     )  # fmt: skip
-    if mask_gradient and mask is not None:
-        dmask = dmask.sum_to_size(mask.shape)
-    return dq, dk, dv, dmask
+    if mask is None or not mask_gradient:
+        return dq, dk, dv, _no_mask(q)
+    return dq, dk, dv, dmask.sum_to_size(mask.shape).to(mask.dtype)
+
+
+def _no_mask(q: Tensor) -> Tensor:
+    """What stands for the gradient of a mask that nobody wants."""
+    return q.new_empty((0,))
 
 
 # ---- Registration ---------------------------------------------------------------------------------------------------------
@@ -150,7 +164,9 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, p: float
     """Raises RuntimeError unless the operands make one attention: the registered ops are open to anybody."""
     if min(q.dim(), k.dim(), v.dim()) != 4 or max(q.dim(), k.dim(), v.dim()) != 4:
         raise RuntimeError(f"fastconv::{op}: q, k, v have {q.dim()}, {k.dim()} and {v.dim()} dimensions, expected 4")
-    check_operands(op, q=q, k=k, v=v, mask=None if mask is not None and mask.dtype is torch.bool else mask)
+    check_operands(op, WITH_HALVES, q=q, k=k, v=v)
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype, computed_in(q.dtype)):
+        raise RuntimeError(f"fastconv::{op}: mask is {mask.dtype}, expected bool, {q.dtype} or {computed_in(q.dtype)}")
     check_shape(op, "k", k.shape, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]))
     check_shape(op, "v", v.shape, (*k.shape[:3], v.shape[3]))
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -176,7 +192,8 @@ def _fwd_impl(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *options: Any)
 def _bwd_impl(dout: Tensor, dlse: MaybeTensor, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *rest: Any) -> Any:
     out, lse, mask_gradient, *options = rest
     _check("sdpa_bwd", q, k, v, mask, options[4])
-    check_operands("sdpa_bwd", q=q, dout=dout, dlse=dlse, out=out, lse=lse)
+    check_operands("sdpa_bwd", WITH_HALVES, q=q, dout=dout, out=out)
+    check_operands("sdpa_bwd", {computed_in(q.dtype): ""}, lse=lse, dlse=dlse)
     for name, t in (("dout", dout), ("out", out)):
         check_shape("sdpa_bwd", name, t.shape, (*q.shape[:3], v.shape[3]))
     check_shape("sdpa_bwd", "lse", lse.shape, tuple(q.shape[:3]))
@@ -186,12 +203,12 @@ def _bwd_impl(dout: Tensor, dlse: MaybeTensor, q: Tensor, k: Tensor, v: Tensor, 
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _output(q, v), q.new_empty(q.shape[:3])
+    return _output(q, v), _row_numbers(q)
 
 
 def _bwd_fake(dout: Tensor, dlse: MaybeTensor, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *rest: Any) -> Any:
-    shape = mask.shape if rest[2] and mask is not None else (0,)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(shape)
+    dmask = mask.new_empty(mask.shape) if rest[2] and mask is not None else _no_mask(q)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmask
 
 
 library.impl("sdpa_fwd", _fwd_impl, "CPU")

@@ -102,6 +102,12 @@ class SdpaCase:
             "dmask": (scores, "nchw"),
         }
 
+    @property
+    def stored(self) -> frozenset[str]:
+        """The operands of the problem's own dtype; others have the one that is computed in, or are bytes."""
+        mask = ("mask",) * (bool(self.mask) and not self.boolean)
+        return frozenset(("q", "k", "v", "out", "dout", "dq", "dk", "dv", *mask))
+
     def operands(self, op: str) -> tuple[str, ...]:
         """What the op reads and writes here."""
         mask = ("mask",) * bool(self.mask)
@@ -157,8 +163,8 @@ def native_sdpa(native: Any, case: SdpaCase, dtype: str) -> Any:
     return native.SdpaProblem(dtype=dtype, scale=case.factor, mask_kind=kind, key=KEY, **options)
 
 
-def sdpa_inputs(op: str, case: SdpaCase, values: fill.Fill) -> Arrays:
-    """Logical arrays of what the op reads. Elements that a layout repeats are repeated."""
+def sdpa_inputs(op: str, case: SdpaCase, values: fill.Fill, dtype: str = "f32") -> Arrays:
+    """Logical arrays of what the op reads, as the dtype holds them. Elements that a layout repeats are repeated."""
     shapes = case.shapes
     inputs: Arrays = {}
     for name in ("q", "k", "v", *(["mask"] if case.mask else []), *(["dout", "dlse"] if op == "sdpa_bwd" else [])):
@@ -169,10 +175,12 @@ def sdpa_inputs(op: str, case: SdpaCase, values: fill.Fill) -> Arrays:
             # One key in four is hidden, and one query in four sees nothing.
             hidden = (data < -0.7) | ((np.arange(case.Lq) % 4 == 3)[:, None] & ("q" in case.mask))
             data = ~hidden if case.boolean else np.where(hidden, -np.inf, data)
+        if name in case.stored:
+            data = tolerance.stored(data, dtype)
         inputs[name] = np.broadcast_to(data[tuple(slice(None if step else 1) for step in steps)], shape)
     if op == "sdpa_bwd":
         a = reference.sdpa(inputs["q"], inputs["k"], inputs["v"], inputs.get("mask"), **_options(case))
-        inputs |= {"out": a.out, "lse": a.lse[..., None]}
+        inputs |= {"out": tolerance.stored(a.out, dtype), "lse": a.lse[..., None]}
     return inputs
 
 
@@ -256,6 +264,8 @@ def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Ar
     dp = (dout @ errors.shared(v).swapaxes(2, 3)) * factors
     dp_sizes = (np.abs(dout) @ errors.shared(np.abs(v)).swapaxes(2, 3)) * factors
     delta = (dout * a.out).sum(axis=3) - dlse
+    # Halves round the outputs, and the gradient's sums are made of what was stored.
+    drift = np.abs((dout * (inputs["out"] - a.out)).sum(axis=3))[..., None]
     delta_sizes = (np.abs(dout) * np.abs(a.out)).sum(axis=3) + np.abs(dlse)
 
     def allowed(name: str, dtype: np.dtype[Any]) -> Array:
@@ -266,7 +276,7 @@ def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Ar
         ds: Array = (
             size * relative
             + least * slope
-            + a.weights * tolerance.bound(dp_sizes + delta_sizes[..., None], dtype)
+            + a.weights * (tolerance.bound(dp_sizes + delta_sizes[..., None], dtype) + drift)
             + least
         )
         if name == "dmask":
