@@ -58,6 +58,28 @@ def test_normal_data_within_the_rounding_of_its_sums(
     harness.check_all(name, cases, place=place)
 
 
+@pytest.mark.parametrize("name", sorted(set(KERNELS) - set(F32)))
+def test_halves(emulated: emulator.Emulator, name: str) -> None:
+    harness.check_all(name, harness.accepted(name)[::29], place="low")
+
+
+# Whole chunks of channels that come by asynchronous copies, with tails in every direction; the last two gather one operand each.
+@pytest.mark.parametrize("name", [name for name in KERNELS if "implicit_gemm" in name])
+def test_tensor_core_tiles(emulated: emulator.Emulator, name: str) -> None:
+    cases = (
+        "n1c40h7w9k33r3s3u1p1d1g1-nhwc",
+        "n3c104h7w7k72r1s1u1p0d1g1-nhwc",
+        "n2c16h9w8k48r3s5u2p2x1x0x3d2x1g2-nhwc",
+        "n1c24h12w13k8r7s7u2p3d1g1-slice",
+        "n1c40h7w9k16r3s3u1p1d1g1-nhwc_kcrs",
+        "n1c41h7w9k16r3s3u1p1d1g1-nhwc",
+    )
+    for seed, case in enumerate(cases):
+        emulated.seed = seed
+        harness.check(name, parse(case), place="low")
+        harness.check(name, parse(case), fill.integers, place="low")
+
+
 @pytest.mark.parametrize("name", F32)
 def test_integers_are_exact(emulated: emulator.Emulator, name: str) -> None:
     if "avg" in name:
@@ -102,49 +124,73 @@ MUTANTS = {
         "csrc/cuda/blocks/simt_gemm.h",
         "    __syncthreads();\n    FC_UNROLL",
         "    FC_UNROLL",
-        "conv2d_fwd.direct n1c40h5w7k70r3s3u1p1d1g1-nhwc",
+        "conv2d_fwd.direct.f32 n1c40h5w7k70r3s3u1p1d1g1-nhwc",
     ),
     "no barrier before a slice is overwritten": (
         "csrc/cuda/blocks/simt_gemm.h",
         "    __syncthreads();  // the next slice",
         "    // the next slice",
-        "conv2d_fwd.direct n1c40h5w7k70r3s3u1p1d1g1-nhwc",
+        "conv2d_fwd.direct.f32 n1c40h5w7k70r3s3u1p1d1g1-nhwc",
     ),
     "a barrier that a part of the block skips": (
         "csrc/cuda/kernels/conv2d_wgrad_depthwise.cu",
         "    __syncthreads();\n    // One thread",
         "    if (threadIdx.x < 64) __syncthreads();\n    // One thread",
-        "conv2d_wgrad.depthwise n2c18h9w11k18r3s3u2p1d1g18-nhwc",
+        "conv2d_wgrad.depthwise.f32 n2c18h9w11k18r3s3u2p1d1g18-nhwc",
     ),
     "no barrier before sums are overwritten": (
         "csrc/cuda/kernels/conv2d_wgrad_depthwise.cu",
         "    __syncthreads();  // the next taps",
         "    // the next taps",
-        "conv2d_wgrad.depthwise n1c18h9w40k18r5s5u1p2d1g18-nhwc",
+        "conv2d_wgrad.depthwise.f32 n1c18h9w40k18r5s5u1p2d1g18-nhwc",
     ),
     "a thread too many": (
         "csrc/cuda/kernels/max_pool2d_fwd_direct.cu",
         "if (number >= count) return;",
         "if (number > count) return;",
-        "max_pool2d_fwd.direct n2c5h8w9r3s3u2p1d1-nchw",
+        "max_pool2d_fwd.direct.f32 n2c5h8w9r3s3u2p1d1-nchw",
     ),
     "a column of padding too few": (
         "csrc/cuda/kernels/conv2d_fwd_depthwise.cu",
         "column >= a.W) continue",
         "column > a.W) continue",
-        "conv2d_fwd.depthwise n2c18h9w11k18r3s3u2p1d1g18-nhwc",
+        "conv2d_fwd.depthwise.f32 n2c18h9w11k18r3s3u2p1d1g18-nhwc",
     ),
     "a filter too many": (
         "csrc/cuda/kernels/conv2d_fwd_direct.cu",
         "if (k_in_group >= filters) break;",
         "if (k_in_group > filters) break;",
-        "conv2d_fwd.direct n1c5h3w5k65r1s1u1p0d1g1-nhwc",
+        "conv2d_fwd.direct.f32 n1c5h3w5k65r1s1u1p0d1g1-nhwc",
+    ),
+    "another swizzle for reading than for writing": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "stage.x + swizzled(warp_m + i * 16 + lane % 16, k + lane / 16)",
+        "stage.x + swizzled(warp_m + i * 16 + lane % 16, (k + lane / 16) ^ 1)",
+        "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
+    ),
+    "rows in the same banks": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "(chunk ^ (row / 2 % kChunks)) * kChunk",
+        "chunk * kChunk",
+        "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
+    ),
+    "a wait for one copy too few": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "wait_for_copies<kStages - 2>();",
+        "wait_for_copies<kStages - 1>();",
+        "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
+    ),
+    "no barrier between stages": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "    __syncthreads();  // everybody's part",
+        "    // everybody's part",
+        "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
     ),
     "shared memory that was never asked for": (
         "csrc/cuda/kernels/conv2d_fwd_direct.cu",
         "SimtTile::kThreads, sizeof(SimtShared), a",
         "SimtTile::kThreads, 64 << 10 << 10, a",
-        "conv2d_fwd.direct n1c5h3w5k65r1s1u1p0d1g1-nhwc",
+        "conv2d_fwd.direct.f32 n1c5h3w5k65r1s1u1p0d1g1-nhwc",
     ),
 }
 
@@ -153,6 +199,6 @@ MUTANTS = {
 def test_a_broken_kernel_fails(cache: Path, mutant: str) -> None:
     path, text, replacement, check = MUTANTS[mutant]
     name, case = check.split()
-    broken = emulator.Emulator(emulator.build(ROOT, cache, edits={path: (text, replacement)}, only=name))
-    with harness.using(broken), pytest.raises((harness.KernelFault, emulator.EmulatorError)):
-        harness.check(f"{name}.f32.sm80", parse(case))
+    library = emulator.build(ROOT, cache, edits={path: (text, replacement)}, only=name.rpartition(".")[0])
+    with harness.using(emulator.Emulator(library)), pytest.raises((harness.KernelFault, emulator.EmulatorError)):
+        harness.check(f"{name}.sm80", parse(case), place="low")

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "emulator.h"
+#include "warp_instructions.h"
 
 #define FASTCONV_EMULATED
 #define __global__

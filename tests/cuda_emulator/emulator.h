@@ -37,7 +37,7 @@ struct Index {
 struct AsyncCopy {
   void* to;
   const void* from;
-  int bytes, zeros;
+  bool exists;
 };
 
 struct Thread {
