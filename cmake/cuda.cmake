@@ -79,18 +79,29 @@ else()
   message(STATUS "CUDA: ${FASTCONV_CUDA_REASON}")
 endif()
 
+# Objects of `sources`, compiled for `architectures` and linked into `target`.
+function(fastconv_add_cuda_objects target name architectures)
+  add_library(${name} OBJECT ${ARGN})
+  target_include_directories(${name} PRIVATE csrc)
+  target_link_libraries(${name} PRIVATE CUDA::cudart_static)
+  target_compile_definitions(${name} PRIVATE FASTCONV_CUDA_ARCHITECTURES="${FASTCONV_CUDA_BUILT_FOR}")
+  target_compile_features(${name} PRIVATE cxx_std_20 cuda_std_20)
+  set_target_properties(${name} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static
+                                           CUDA_ARCHITECTURES "${architectures}")
+  target_compile_options(${name} PRIVATE -Wall -Wextra $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all>)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${name}>)
+endfunction()
+
 # The kernels, and what asks the runtime about GPUs, as part of `target`.
 function(fastconv_add_cuda target)
-  file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/kernels/*.cu)
   find_package(CUDAToolkit REQUIRED)
-  add_library(fastconv_cuda OBJECT ${sources} csrc/cuda/gpu.cpp)
-  target_include_directories(fastconv_cuda PRIVATE csrc)
-  target_link_libraries(fastconv_cuda PRIVATE CUDA::cudart_static)
-  target_compile_definitions(fastconv_cuda PRIVATE FASTCONV_CUDA_ARCHITECTURES="${FASTCONV_CUDA_BUILT_FOR}")
-  target_compile_features(fastconv_cuda PRIVATE cxx_std_20 cuda_std_20)
-  set_target_properties(fastconv_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
-  target_compile_options(fastconv_cuda PRIVATE -Wall -Wextra $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all>)
-  target_sources(${target} PRIVATE $<TARGET_OBJECTS:fastconv_cuda>)
+  file(GLOB kernels CONFIGURE_DEPENDS csrc/cuda/kernels/*.cu)
+  # Input gradients launch forward kernels and hold no device code: once through the compiler, not once for each GPU.
+  file(GLOB hosts CONFIGURE_DEPENDS csrc/cuda/kernels/*_dgrad_*.cu)
+  list(REMOVE_ITEM kernels ${hosts})
+  list(GET FASTCONV_CUDA_ARCHITECTURES 0 first)
+  fastconv_add_cuda_objects(${target} fastconv_cuda "${FASTCONV_CUDA_ARCHITECTURES}" ${kernels})
+  fastconv_add_cuda_objects(${target} fastconv_cuda_host "${first}" ${hosts} csrc/cuda/gpu.cpp)
   # Static, so that importing needs no CUDA library, and hidden: torch may bring a runtime of its own.
   target_link_libraries(${target} PUBLIC CUDA::cudart_static)
   target_link_options(${target} PUBLIC LINKER:--exclude-libs,libcudart_static.a)

@@ -37,7 +37,7 @@ LEVELS = [
     {"testing", "plan"},
     {"ops", "numpy"},
     {"_conv_checks", "_pool_checks"},
-    {"_attention", "_convolution", "_pooling"},
+    {"_attention", "_convolution", "_pooling", "cuda"},
     {"_fused", "_resolvers", "_same_pooling"},
     {"functional"},
     {"nn", "control"},

@@ -63,8 +63,8 @@ struct Operands {
   int64_t channels;
   const T* pixels[kRowsX];
   int top[kRowsX], left[kRowsX];
-  const T* filters[kRowsW];
-  bool filter_exists[kRowsW];
+  const T* filter;       // of this thread's first row
+  int64_t filters_left;  // from that one on
 
   FC_DEVICE static int chunk() { return int(threadIdx.x) % kChunks; }
   FC_DEVICE static int row(int i) { return int(threadIdx.x) / kChunks + i * kRowsAtOnce; }
@@ -81,11 +81,8 @@ struct Operands {
       top[i] = exists ? int(p * a.stride_h - a.pad_top) : INT32_MIN;
       left[i] = int(q * a.stride_w - a.pad_left);
     }
-    FC_UNROLL
-    for (int i = 0; i < kRowsW; ++i) {
-      filter_exists[i] = first_filter + row(i) < a.K / a.groups;
-      filters[i] = w + (first_filter + row(i)) * a.w.k;
-    }
+    filter = w + (first_filter + row(0)) * a.w.k;
+    filters_left = a.K / a.groups - first_filter - row(0);
   }
 
   FC_DEVICE void bring(Stage<T>& stage, uint32_t step) const {
@@ -100,8 +97,9 @@ struct Operands {
     }
     FC_UNROLL
     for (int i = 0; i < kRowsW; ++i) {
-      bring_chunk<kAsyncW>(stage.w + swizzled(row(i), chunk()), filters[i] + c * a.w.c + r * a.w.r + s * a.w.s, a.w.c,
-                           channels - c, filter_exists[i], w);
+      bring_chunk<kAsyncW>(stage.w + swizzled(row(i), chunk()),
+                           filter + i * kRowsAtOnce * a.w.k + c * a.w.c + r * a.w.r + s * a.w.s, a.w.c, channels - c,
+                           i * kRowsAtOnce < filters_left, w);
     }
   }
 };

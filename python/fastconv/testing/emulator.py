@@ -7,6 +7,7 @@ harness asks for one (`harness.using`). Needs the sources: a clone, not an insta
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -109,10 +110,10 @@ class _Plan:
         if error:
             raise EmulatorError(f"{self.kernel}: {error.decode()}")
 
-    def run_conv2d(self, x: int, w: int, bias: int, residual: int, y: int, workspace: int) -> None:
+    def run_conv2d(self, x: int, w: int, bias: int, residual: int, y: int, workspace: int, stream: int = 0) -> None:
         self._run(workspace, x, w, bias, residual, y)
 
-    def run_pool2d(self, x: int, y: int, indices: int, workspace: int) -> None:
+    def run_pool2d(self, x: int, y: int, indices: int, workspace: int, stream: int = 0) -> None:
         self._run(workspace, x, y, indices)
 
 
@@ -159,11 +160,12 @@ class Emulator:
                 found.append((name, (reason or b"").decode(), cost))
         return found
 
-    def plan(self, op: str, problem: Any, threads: int, force: str) -> _Plan:
-        verdict = next(verdict for name, verdict, _ in self.explain(op, problem) if name == force)
+    def plan(self, op: str, problem: Any, threads: int, force: str, strict: bool = False, device: int = 0) -> _Plan:
+        found = [row for row in self.explain(op, problem) if force in (row[0], "")]
+        name, verdict, _ = min(found, key=lambda row: row[2])
         if verdict:
-            raise NotImplementedError(f"{force}: {verdict}")
-        return _Plan(self, self.names.index(force), problem)
+            raise NotImplementedError(f"{name}: {verdict}")
+        return _Plan(self, self.names.index(name), problem)
 
 
 # ---- Building ---------------------------------------------------------------------------------------------------------------
@@ -187,6 +189,7 @@ def build(
         p for folder in ("csrc/core", "csrc/cuda/blocks", "tests/cuda_emulator") for p in (root / folder).glob("*.h")
     ]
     plain = _digest(repr(flags).encode(), *(p.read_bytes() for p in sorted([*headers, root / "csrc/kernels.def"])))
+    cache.mkdir(parents=True, exist_ok=True)
     changed = {path: _edited(root / path, *edit) for path, edit in (edits or {}).items()}
     overlay = cache / f"edited-{_digest(repr(sorted(changed.items())).encode())}"
     for path, text in changed.items():
@@ -205,12 +208,13 @@ def build(
             _run(*flags, *includes, "-x", "c++", "-c", str(place), made=made)
         return made
 
-    cache.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # One process builds while others that want the same wait for it.
+    with (cache / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         objects = list(pool.map(compile_one, sources))
-    library = cache / f"emulator-{_digest(*(p.name.encode() for p in objects))}.so"
-    if not library.exists():
-        _run(*flags, "-shared", *map(str, objects), made=library)
+        library = cache / f"emulator-{_digest(*(p.name.encode() for p in objects))}.so"
+        if not library.exists():
+            _run(*flags, "-shared", *map(str, objects), made=library)
     return library
 
 
@@ -226,9 +230,10 @@ def _edited(path: Path, text: str, replacement: str) -> str:
 
 
 def _run(*command: str, made: Path) -> None:
-    # Several processes may build at once: each writes a file of its own, and the last rename wins.
-    draft = made.with_suffix(f".{os.getpid()}{made.suffix}")
-    done = subprocess.run([*command, "-o", str(draft)], capture_output=True, text=True)
+    draft = made.with_suffix(f".draft{made.suffix}")  # a build that is killed leaves no half of a file under its name
+    # A sanitizer that this process runs under is none of the compiler's business.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run([*command, "-o", str(draft)], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     draft.rename(made)

@@ -312,10 +312,10 @@ def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> 
     made = {}
     for name in names:
         shape, dtype_of, layout = shapes[name]
-        data = inputs.get(name)
-        if dtype == "bf16" and data is not None and name != "indices":
-            data = tolerance.encode_bf16(data)
-        made[name] = Operand.make(shape, dtype_of, layout, place, data)
+        values = inputs.get(name)
+        if dtype == "bf16" and values is not None and name != "indices":
+            values = tolerance.encode_bf16(values)
+        made[name] = Operand.make(shape, dtype_of, layout, place, values)
     return made
 
 
