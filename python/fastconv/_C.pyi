@@ -37,6 +37,7 @@ class Conv2dProblem:
         bias: bool = False,
         residual: bool = False,
         activation: str = "none",
+        frozen: bool = False,
     ) -> None: ...
 
 class Pool2dProblem:
@@ -91,8 +92,19 @@ class Plan:
     def workspace(self) -> int: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def packed(self) -> tuple[int, int]: ...
+    def pack(self, w: int, packed: int) -> None: ...
     def run_conv2d(
-        self, x: int, w: int, bias: int, residual: int, y: int, workspace: int | None = None, stream: int = 0
+        self,
+        x: int,
+        w: int,
+        bias: int,
+        residual: int,
+        y: int,
+        packed: int = 0,
+        workspace: int | None = None,
+        stream: int = 0,
     ) -> None: ...
     def run_pool2d(self, x: int, y: int, indices: int, workspace: int | None = None, stream: int = 0) -> None: ...
     def run_sdpa(self, addresses: Sequence[int], workspace: int | None = None, stream: int = 0) -> None: ...

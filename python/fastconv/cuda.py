@@ -55,7 +55,7 @@ def _run(op: str, make: Any, arguments: tuple[Any, ...], device: int, like: Tens
     workspace = torch.empty(chosen.workspace, dtype=torch.uint8, device=like.device)
     run = chosen.run_conv2d if op.startswith("conv2d") else chosen.run_pool2d
     addresses = [0 if t is None else t.data_ptr() for t in operands]
-    run(*addresses, workspace.data_ptr(), _stream(device))
+    run(*addresses, workspace=workspace.data_ptr(), stream=_stream(device))
 
 
 def _layout(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -51,6 +51,7 @@ class _Conv2d(ctypes.Structure):
         ("w", _i64 * 5),
         ("y", _i64 * 4),
         ("epilogue", _Epilogue),
+        ("frozen", ctypes.c_bool),
     )
 
 
@@ -68,12 +69,12 @@ class _Pool2d(ctypes.Structure):
 
 def _conv2d(
     *, dtype: str, stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int], x: Sequence[int], w: Sequence[int],
-    y: Sequence[int], bias: bool = False, residual: bool = False, activation: str = "none", **sizes: int,
+    y: Sequence[int], bias: bool = False, residual: bool = False, activation: str = "none", frozen: bool = False, **sizes: int,
 ) -> _Conv2d:  # fmt: skip
     return _Conv2d(
         dtype=_DTYPES.index(dtype), **sizes, stride_h=stride[0], stride_w=stride[1], pad_top=pad[0], pad_left=pad[1],
         dilation_h=dilation[0], dilation_w=dilation[1], x=tuple(x), w=tuple(w), y=tuple(y),
-        epilogue=_Epilogue(bias, residual, _ACTIVATIONS.index(activation)),
+        epilogue=_Epilogue(bias, residual, _ACTIVATIONS.index(activation)), frozen=frozen,
     )  # fmt: skip
 
 
@@ -110,10 +111,12 @@ class _Plan:
         if error:
             raise EmulatorError(f"{self.kernel}: {error.decode()}")
 
-    def run_conv2d(self, x: int, w: int, bias: int, residual: int, y: int, workspace: int, stream: int = 0) -> None:
-        self._run(workspace, x, w, bias, residual, y)
+    def run_conv2d(
+        self, x: int, w: int, bias: int, residual: int, y: int, packed: int = 0, workspace: int = 0, stream: int = 0
+    ) -> None:
+        self._run(workspace, x, w, bias, residual, y, packed)
 
-    def run_pool2d(self, x: int, y: int, indices: int, workspace: int, stream: int = 0) -> None:
+    def run_pool2d(self, x: int, y: int, indices: int, workspace: int = 0, stream: int = 0) -> None:
         self._run(workspace, x, y, indices)
 
 
