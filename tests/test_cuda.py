@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import fastconv
 from fastconv import cuda, plan
+from fastconv.cli import main
 from fastconv.testing import emulator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,3 +103,12 @@ def test_operands_and_kernels_belong_to_one_kind_of_device() -> None:
         assert (verdict == "the operands are not on the CPU") != name.endswith(".sm80")
     with pytest.raises(NotImplementedError, match="the operands are not on the CPU"):
         native.plan("max_pool2d_fwd", problem, 1, device=99)
+
+
+def test_bench_says_why_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    if GPU:
+        pytest.skip("there is a GPU")
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert re.search(r"no CUDA device|without CUDA kernels|no GPU", capsys.readouterr().out)
+    assert main(["bench", "conv2d", "--device", "cuda"]) == 2
+    assert "has its own layers" in capsys.readouterr().err
