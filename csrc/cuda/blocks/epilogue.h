@@ -14,8 +14,7 @@ FC_DEVICE float times_sigmoid(float numerator, float x) {
 // fminf and fmaxf drop NaN; comparisons that keep x where they are false do not.
 FC_DEVICE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
-// A call, not inlined: a thread has up to 32 outputs, and 32 copies of every activation took half of a kernel's compile time.
-__device__ __noinline__ inline float activate(Activation activation, float x) {
+FC_DEVICE float activate(Activation activation, float x) {
   switch (activation) {
     case Activation::none:
       break;
@@ -36,6 +35,14 @@ __device__ __noinline__ inline float activate(Activation activation, float x) {
   return x;
 }
 
+// A call, not inlined: a thread has up to 64 outputs, and as many copies of every activation took half of a kernel's compile
+// time.
+template <class T>
+__device__ __noinline__ float finish(float sum, const T* residual, Activation activation) {
+  if (residual) sum += to_float(*residual);
+  return activate(activation, sum);
+}
+
 // Where an output's bias and residual are, null where the problem has none.
 template <class T>
 struct EpilogueOperands {
@@ -50,8 +57,8 @@ struct EpilogueOperands {
 
   FC_DEVICE T apply(Activation activation, float sum, int64_t k, int64_t offset) const {
     if (bias) sum += to_float(bias[k]);
-    if (residual) sum += to_float(residual[offset]);
-    return from_float<T>(activation == Activation::none ? sum : activate(activation, sum));
+    const bool simple = !residual && activation == Activation::none;
+    return from_float<T>(simple ? sum : finish(sum, residual ? residual + offset : nullptr, activation));
   }
 };
 
