@@ -79,11 +79,11 @@ void run_pool2d(const AnyPlan& plan, uintptr_t x, uintptr_t y, uintptr_t indices
 }
 
 // In the order of SdpaArgs, 0 for what is absent.
-void run_sdpa(const AnyPlan& plan, const std::array<uintptr_t, 12>& a, std::optional<uintptr_t> workspace, uintptr_t stream) {
+void run_sdpa(const AnyPlan& plan, const std::array<uintptr_t, 15>& a, std::optional<uintptr_t> workspace, uintptr_t stream) {
   run(plan,
       SdpaArgs{address<void>(a[0]), address<void>(a[1]), address<void>(a[2]), address<void>(a[3]), address<void>(a[4]),
                address<void>(a[5]), address<void>(a[6]), address<void>(a[7]), address<void>(a[8]), address<void>(a[9]),
-               address<void>(a[10]), address<void>(a[11])},
+               address<void>(a[10]), address<void>(a[11]), address<void>(a[12]), address<void>(a[13]), address<void>(a[14])},
       workspace, stream);
 }
 
@@ -199,7 +199,8 @@ void bind_problems(py::module_& m) {
   py::class_<SdpaProblem>(m, "SdpaProblem")
       .def(py::init([](const std::string& dtype, int64_t B, int64_t Hq, int64_t Hkv, int64_t Lq, int64_t Lkv, int64_t D,
                        int64_t Dv, double scale, double softcap, const std::string& mask_kind, Pair band, double dropout,
-                       int64_t key, const std::array<Quad, 5>& strides, const std::array<Quad, 4>& gradient_strides) {
+                       int64_t key, const std::array<Quad, 5>& strides, const std::array<Quad, 4>& gradient_strides,
+                       std::optional<std::array<int64_t, 3>> bias) {
              if (Hkv <= 0 || Hq % Hkv != 0) throw std::invalid_argument("Hkv must divide Hq");
              return SdpaProblem{.dtype = parse_dtype(dtype),
                                 .B = B,
@@ -212,6 +213,7 @@ void bind_problems(py::module_& m) {
                                 .scale = scale,
                                 .softcap = softcap,
                                 .mask_kind = parse_mask(mask_kind),
+                                .bias = bias ? RelativeBias{true, (*bias)[0], (*bias)[1], (*bias)[2]} : RelativeBias{},
                                 .band = {band[0], band[1]},
                                 .dropout = {dropout, key},
                                 .q = sdpa_stride(strides[0]),
@@ -226,7 +228,7 @@ void bind_problems(py::module_& m) {
            }),
            py::kw_only(), "dtype"_a, "B"_a, "Hq"_a, "Hkv"_a, "Lq"_a, "Lkv"_a, "D"_a, "Dv"_a, "scale"_a, "softcap"_a = 0.0,
            "mask_kind"_a = "none", "band"_a, "dropout"_a = 0.0, "key"_a = 0, "strides"_a,
-           "gradient_strides"_a = std::array<Quad, 4>{});
+           "gradient_strides"_a = std::array<Quad, 4>{}, "bias"_a = py::none());
 }
 
 template <class Problem>

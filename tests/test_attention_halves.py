@@ -136,6 +136,8 @@ def test_compiles_and_the_op_says_what_it_gives() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
     utilities = ("test_schema", "test_faketensor")
     wide = torch.randn(1, 1, 1, 7, requires_grad=True)
-    torch.library.opcheck(OPS.sdpa_fwd.default, (q, k, v, wide, 0.3, -5, 2, 0.0, 0.0, 0), test_utils=utilities)
+    torch.library.opcheck(
+        OPS.sdpa_fwd.default, (q, k, v, wide, None, None, 0.3, -5, 2, 0.0, 0.0, 0), test_utils=utilities
+    )
     with pytest.raises(RuntimeError, match=r"mask is torch\.float64, expected bool, torch\.bfloat16 or torch\.float32"):
-        OPS.sdpa_fwd(q, k, v, wide.double(), 0.3, -5, 2, 0.0, 0.0, 0)
+        OPS.sdpa_fwd(q, k, v, wide.double(), None, None, 0.3, -5, 2, 0.0, 0.0, 0)

@@ -292,11 +292,13 @@ def test_registered_ops() -> None:
     q, k, v = (leaf(t) for t in operands((2, 4, 5, 8), (2, 2, 7, 8)))
     mask = leaf(torch.randn(1, 4, 1, 7, dtype=torch.float64))
     for m in (None, mask, mask.detach() > 0):
-        torch.library.opcheck(OPS.sdpa_fwd.default, (q, k, v, m, 0.3, -5, 2, 0.0, 0.0, 0))
-    out, lse = OPS.sdpa_fwd(q, k, v, mask, 0.3, -5, 2, 0.0, 0.0, 0)
+        torch.library.opcheck(OPS.sdpa_fwd.default, (q, k, v, m, None, None, 0.3, -5, 2, 0.0, 0.0, 0))
+    more = leaf(torch.randn(1, 4, 11, dtype=torch.float64)), leaf(torch.randn(2, 1, dtype=torch.float64))
+    torch.library.opcheck(OPS.sdpa_fwd.default, (q, k, v, None, *more, 0.3, -5, 2, 0.0, 0.0, 0))
+    out, lse = OPS.sdpa_fwd(q, k, v, mask, *more, 0.3, -5, 2, 0.0, 0.0, 0)
     dout = torch.randn_like(out)
-    saved = (q.detach(), k.detach(), v.detach(), mask.detach(), out.detach(), lse.detach())
-    torch.library.opcheck(OPS.sdpa_bwd.default, (dout, None, *saved, True, 0.3, -5, 2, 0.0, 0.0, 0))
+    saved = [t.detach() for t in (q, k, v, mask, *more, out, lse)]
+    torch.library.opcheck(OPS.sdpa_bwd.default, (dout, None, *saved, [True] * 3, 0.3, -5, 2, 0.0, 0.0, 0))
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_registered_ops() -> None:
 def test_registered_ops_refuse(change: Any) -> None:
     q, k, v = operands((2, 4, 5, 8), (2, 2, 7, 8))
     with pytest.raises(RuntimeError, match="fastconv::sdpa_fwd"):
-        OPS.sdpa_fwd(*change(q, k, v), None, 0.3, -5, 7, 0.0, 0.0, 0)
+        OPS.sdpa_fwd(*change(q, k, v), None, None, None, 0.3, -5, 7, 0.0, 0.0, 0)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -35,7 +35,7 @@ def in_company(op: str, case: Case, inputs: harness.Arrays, neighbours: list[flo
     for name, value in inputs.items():
         if name in ("w", "bias"):
             batch[name] = value
-        elif name == "mask" and isinstance(case, SdpaCase) and "b" not in case.mask:
+        elif isinstance(case, SdpaCase) and name in ("mask", "bias") and "b" not in (getattr(case, name) or ""):
             batch[name] = np.broadcast_to(value, (len(neighbours), *value.shape[1:]))
         elif name == "indices":
             batch[name] = np.concatenate([value] * len(neighbours))

@@ -107,6 +107,13 @@ struct Band {
   int64_t low, high;
 };
 
+// One number for each distance of a key from its query, which scores get whatever the softcap made of them: element
+// j - i + Lq - 1 of Lq + Lkv - 1 with these strides, b and h 0 where it is broadcast. Relative positions, ALiBi.
+struct RelativeBias {
+  bool given;
+  int64_t b, h, distance;
+};
+
 // Attention weights are kept with probability 1 - p; which ones follows from the key and from (b, h, i, j), see
 // blocks/dropout.h.
 struct Dropout {
@@ -116,15 +123,17 @@ struct Dropout {
 
 // out, dout, dq, dk, dv: forward writes out and (where given) lse, backward reads them. lse (B, Hq, Lq), dlse likewise and dmask
 // (B, Hq, Lq, Lkv) are contiguous and of the precision that is computed in; lse, dlse, mask and dmask may be absent.
+// So may bias, sink (B, Hq) and dbias (B, Hq, Lq + Lkv - 1), of that precision too and the last two contiguous.
 struct SdpaArgs {
   void *q, *k, *v, *mask, *out, *lse;
   void *dout, *dlse, *dq, *dk, *dv, *dmask;
+  void *bias, *sink, *dbias;
 };
 
 // Scaled dot product attention of Hq query heads, Hq/Hkv of which share a head of keys and values:
 //
-//   s[i,j]  = softcap( scale * sum_d q[i,d] * k[j,d] ) + mask[i,j]      where j lies in the band of i, else -inf
-//   out[i]  = sum_j exp(s[i,j] - lse[i]) * v[j],   lse[i] = log sum_j exp(s[i,j])
+//   s[i,j]  = softcap( scale * sum_d q[i,d] * k[j,d] ) + mask[i,j] + bias[j-i]     where j lies in the band of i, else -inf
+//   out[i]  = sum_j exp(s[i,j] - lse[i]) * v[j],   lse[i] = log( exp(sink) + sum_j exp(s[i,j]) )
 //
 // with softcap(x) = softcap * tanh(x / softcap), or x where softcap is 0. A query that sees no key has out = 0, lse = -inf and no
 // gradient. D features of queries and keys, Dv of values.
@@ -134,6 +143,7 @@ struct SdpaProblem {
   int64_t B, Hq, Hkv, Lq, Lkv, D, Dv;
   double scale, softcap;
   MaskKind mask_kind;
+  RelativeBias bias;
   Band band;
   Dropout dropout;
   SdpaStride q, k, v, out, mask;

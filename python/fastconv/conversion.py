@@ -36,6 +36,9 @@ _FAMILIES = (
     pooling._AdaptiveMaxPoolNd,
     pooling._AdaptiveAvgPoolNd,
     torch.nn.Linear,
+    torch.nn.MultiheadAttention,
+    torch.nn.TransformerEncoder,
+    torch.nn.TransformerEncoderLayer,
 )
 
 
@@ -86,7 +89,8 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def convert(model: Module) -> Report:
-    """Gives every torch.nn convolution, pool and Linear in `model` (and `model` itself) fastconv's class, in place.
+    """Gives every torch.nn convolution, pool, Linear, MultiheadAttention and Transformer encoder in `model` (and `model` itself)
+    fastconv's class, in place.
 
     Only objects of exactly torch.nn's classes are swapped. Left alone, and listed in the report with the reason, are subclasses,
     parametrized, lazy and quantized layers, layers with a forward of their own, and those that fastconv has no kernels for.
@@ -166,4 +170,9 @@ def _subclass_reason(module: Module) -> str:
     own = (
         " with a forward of its own" if any("forward" in vars(c) or "_conv_forward" in vars(c) for c in between) else ""
     )
-    return f"it is a subclass of {base.__name__}{own}"
+    bypass = (
+        "; in eval mode, torch's fast path goes past the layers inside: torch.backends.mha.set_fastpath_enabled(False)"
+        if issubclass(base, (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer))
+        else ""
+    )
+    return f"it is a subclass of {base.__name__}{own}{bypass}"

@@ -10,6 +10,9 @@ constexpr double kLog2e = 1.4426950408889634074;
 
 template <class T>
 constexpr T kInfinity = T(__builtin_inf());
+// Only -inf is less.
+template <class T>
+constexpr T kLowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
 
 template <class T>
 FC_INLINE void fill_from(T* p, int64_t begin, int64_t end, T value) {
@@ -24,14 +27,16 @@ FC_INLINE vec<T> tanh(vec<T> x) {
   return blend(is_nan(x), x, blend(greater(zero<T>(), x), zero<T>() - size, size));
 }
 
-// row[j] = numbers[j * step] in units of log 2.
+// row[j] = numbers[j * step] in units of log 2, or that added to it.
 template <class S>
-FC_INLINE void bias_row(const void* numbers, int64_t offset, int64_t step, int64_t begin, int64_t end, compute_t<S>* row) {
+FC_INLINE void bias_row(const void* numbers, int64_t offset, int64_t step, int64_t begin, int64_t end, compute_t<S>* row,
+                        bool more = false) {
   using T = compute_t<S>;
   const S* p = static_cast<const S*>(numbers) + offset;
   for (int64_t j = begin; j < end; j += kLanes<T>) {
     const int n = end - j < kLanes<T> ? int(end - j) : kLanes<T>;
-    store(row + j, (step == 1 ? load(p + j, n) : load_strided(p + j * step, step, n)) * set1(T(kLog2e)), n);
+    const vec<T> x = (step == 1 ? load(p + j, n) : load_strided(p + j * step, step, n)) * set1(T(kLog2e));
+    store(row + j, more ? load(row + j, n) + x : x, n);
   }
 }
 
@@ -52,7 +57,7 @@ FC_INLINE void mask_row(const SdpaProblem& a, const void* mask, int64_t offset, 
 
 // Scores with a mask or a cap, in units of log 2, in place.
 template <class S>
-__attribute__((noinline)) void alter(const SdpaProblem& a, const void* mask, const ScoreTile<S>& tile, KeyRange vectors) {
+__attribute__((noinline)) void alter(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<S>& tile, KeyRange vectors) {
   using T = compute_t<S>;
   using Tile = AttentionTile<T>;
   T row[Tile::kKeys];
@@ -61,10 +66,15 @@ __attribute__((noinline)) void alter(const SdpaProblem& a, const void* mask, con
   fill_from(row, vectors.begin, vectors.end, T(0));
   QueryRow at = query_row(a, tile.rows.hkv, tile.rows.first);
   for (int64_t m = 0; m < tile.rows.count; ++m, advance(a, at)) {
-    const bool again = m > 0 && a.mask.h == 0 && a.mask.l == 0;
+    const bool again = m > 0 && a.mask.h == 0 && a.mask.l == 0 && !a.bias.given;
     if (adds && !again) {
-      mask_row<S>(a, mask, tile.rows.b * a.mask.b + at.h * a.mask.h + at.i * a.mask.l + tile.first_key * a.mask.d,
+      mask_row<S>(a, args.mask, tile.rows.b * a.mask.b + at.h * a.mask.h + at.i * a.mask.l + tile.first_key * a.mask.d,
                   tile.keys.begin, tile.keys.end, row);
+    }
+    if (a.bias.given) {
+      const int64_t distance = tile.first_key - at.i + a.Lq - 1;
+      bias_row<T>(args.bias, tile.rows.b * a.bias.b + at.h * a.bias.h + distance * a.bias.distance, a.bias.distance,
+                  tile.keys.begin, tile.keys.end, row, adds);
     }
     T* s = tile.s + m * tile.s_step;
     for (int64_t j = vectors.begin; j < vectors.end; j += kLanes<T>) {
@@ -77,7 +87,7 @@ __attribute__((noinline)) void alter(const SdpaProblem& a, const void* mask, con
       const vec<T> shift = load(row + j);
       x = fma(x, set1(T(kLog2e)), shift);
       // A hidden key may hold anything: NaN - inf would let it through.
-      if (hides) x = blend(greater(zero<T>(), shift), shift, x);
+      if (hides) x = blend(greater(set1(kLowest<T>), shift), shift, x);
       store(s + j, x);
     }
   }
@@ -141,14 +151,14 @@ void multiply(int64_t rows, int64_t width, const Product<T>& product, bool accum
 }
 
 template <class S>
-compute_t<S> scores(const SdpaProblem& a, const void* mask, const ScoreTile<S>& tile) {
+compute_t<S> scores(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<S>& tile) {
   using T = compute_t<S>;
   dot_products(tile, a.D);
   const KeyRange vectors = whole_vectors<T>(tile.keys);
   // In log 2 the factor stays well above the smallest numbers: what is hidden is -inf, and 0 * -inf would be NaN.
   const double factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e;
-  const bool altered = a.mask_kind != MaskKind::none || a.softcap != 0 || factor < 1e-20;
-  if (altered) alter(a, mask, tile, vectors);
+  const bool altered = a.mask_kind != MaskKind::none || a.bias.given || a.softcap != 0 || factor < 1e-20;
+  if (altered) alter(a, args, tile, vectors);
   if (is_banded(a) || vectors.end > a.Lkv - tile.first_key) {
     QueryRow at = query_row(a, tile.rows.hkv, tile.rows.first);
     for (int64_t m = 0; m < tile.rows.count; ++m, advance(a, at)) {
@@ -210,7 +220,7 @@ void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64
 }
 
 #define FC_ATTENTION(S)                                                                                               \
-  template compute_t<S> scores<S>(const SdpaProblem&, const void*, const ScoreTile<S>&);                              \
+  template compute_t<S> scores<S>(const SdpaProblem&, const SdpaArgs&, const ScoreTile<S>&);                          \
   template void dot_products<S>(const ScoreTile<S>&, int64_t);                                                        \
   template void pack_rows<S>(const S*, const SdpaStride&, int64_t, int64_t, int64_t, compute_t<S>*);                  \
   template void pack_queries<S>(const SdpaProblem&, const UnitRows&, void*, int64_t, compute_t<S>*);                  \

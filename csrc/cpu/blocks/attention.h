@@ -129,7 +129,7 @@ struct ScoreTile {
 // Fills s[m][j] for the whole vectors that cover `keys`, -inf where a query does not see a key. What is there times the returned
 // factor, which is never negative, is the score in units of log 2.
 template <class S>
-compute_t<S> scores(const SdpaProblem& a, const void* mask, const ScoreTile<S>& tile);
+compute_t<S> scores(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<S>& tile);
 
 // The plain product of panels: s[m][j] = sum over d of q[m][d] * k[j][d], for the whole vectors that cover `keys`.
 template <class S>
@@ -167,7 +167,7 @@ template <class S>
 void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, compute_t<S>* panels);
 
 #define FC_ATTENTION(S)                                                                                                      \
-  extern template compute_t<S> scores<S>(const SdpaProblem&, const void*, const ScoreTile<S>&);                              \
+  extern template compute_t<S> scores<S>(const SdpaProblem&, const SdpaArgs&, const ScoreTile<S>&);                          \
   extern template void dot_products<S>(const ScoreTile<S>&, int64_t);                                                        \
   extern template void pack_rows<S>(const S*, const SdpaStride&, int64_t, int64_t, int64_t, compute_t<S>*);                  \
   extern template void pack_queries<S>(const SdpaProblem&, const UnitRows&, void*, int64_t, compute_t<S>*);                  \

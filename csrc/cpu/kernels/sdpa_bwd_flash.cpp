@@ -41,16 +41,20 @@ FC_INLINE int64_t segment_of(const SdpaProblem& a) {
 template <class T>
 struct Schedule {
   int64_t units, rows, segments, width, value_width;
-  bool split;  // segments are tasks of their own
+  int64_t distances;  // of the relative bias, for the heads of a unit; its gradient lies behind the unit's dq
+  bool split;         // segments are tasks of their own
 
   FC_INLINE Schedule(const SdpaProblem& a, int64_t threads)
       : units(a.B * a.Hkv),
         rows(unit_rows(a)),
         segments((a.Lkv + segment_of<T>(a) - 1) / segment_of<T>(a)),
         width(round_up(a.D, kLanes<T>)),
-        value_width(round_up(a.Dv, kLanes<T>)) {
+        value_width(round_up(a.Dv, kLanes<T>)),
+        distances(a.bias.given ? round_up(a.Hq / a.Hkv * (a.Lq + a.Lkv - 1), kLanes<T>) : 0) {
     split = segments > 1 && units < threads;
   }
+  // Numbers of a unit's dq and of what lies behind it.
+  FC_INLINE int64_t elements() const { return rows * width + distances; }
 };
 
 template <class T>
@@ -133,7 +137,7 @@ struct Meeting {
 // p and ds of up to kRows rows: [row][kLine].
 template <class S, class T = compute_t<S>>
 void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, const Scratch<T>& scratch, const RowSums<T>& sums,
-             const Schedule<T>& schedule) {
+             const Schedule<T>& schedule, T* dbias) {
   using B = Block<T>;
   constexpr int64_t kL = kLanes<T>;
   const Parts tiles(at.rows.count, AttentionTile<T>::kRows);
@@ -159,7 +163,7 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
     const UnitRows some{at.rows.b, at.rows.hkv, at.rows.first + row, rows};
     T* const slope = a.softcap != 0 ? scratch.slope : nullptr;
     const T factor = scores<S>(
-        a, args.mask,
+        a, args,
         {some, at.first_key, keys, scratch.q + row * schedule.width, schedule.width, scratch.k_panels, p, B::kLine, slope});
     dot_products<S>({some, at.first_key, keys, scratch.dout + row * schedule.value_width, schedule.value_width, scratch.v_panels,
                      ds, B::kLine, nullptr},
@@ -180,6 +184,10 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
       if (args.dmask) {
         T* dmask = static_cast<T*>(args.dmask) + place * a.Lkv + at.first_key;
         for (int64_t j = keys.begin; j < keys.end; ++j) dmask[j] = row_ds[j];
+      }
+      if (dbias) {
+        T* line = dbias + query.h % (a.Hq / a.Hkv) * (a.Lq + a.Lkv - 1) + at.first_key - query.i + a.Lq - 1;
+        for (int64_t j = keys.begin; j < keys.end; ++j) line[j] += row_ds[j];
       }
       if (!slope) continue;
       for (int64_t j = vectors.begin; j < vectors.end; j += kL) {
@@ -214,7 +222,7 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, int64
   constexpr int64_t kL = kLanes<T>;
   const int64_t b = unit / a.Hkv, hkv = unit % a.Hkv, width = schedule.width, value_width = schedule.value_width;
   const int64_t end = a.Lkv < (segment + 1) * segment_of<T>(a) ? a.Lkv : (segment + 1) * segment_of<T>(a);
-  clear(dq, schedule.rows * width * int64_t(sizeof(T)));
+  clear(dq, schedule.elements() * int64_t(sizeof(T)));
   for (int64_t first = segment * segment_of<T>(a); first < end; first += B::kKeys) {
     const int64_t keys = end - first < B::kKeys ? end - first : B::kKeys;
     const S *k = at<S>(args.k, a.k, b, hkv, first), *v = at<S>(args.v, a.v, b, hkv, first);
@@ -231,7 +239,7 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, int64
       const Meeting<T> meeting{{b, hkv, row, rows}, first, keys, seen};
       pack_queries<S>(a, meeting.rows, args.q, width, scratch.q);
       pack_unit_rows<S>(a, meeting.rows, static_cast<const S*>(args.dout), a.dout, a.Dv, value_width, scratch.dout);
-      weights<S>(a, args, meeting, scratch, sums, schedule);
+      weights<S>(a, args, meeting, scratch, sums, schedule, args.dbias ? dq + schedule.rows * width : nullptr);
       const int64_t begin = seen.begin / kL * kL, count = seen.end - begin;
       multiply<T>(
           count, value_width,
@@ -272,7 +280,7 @@ struct Memory {
     (void)s;
     sums = round_up(a.B * a.Hq * a.Lq * int64_t(sizeof(T)), 64);
     scratch = arena.used();
-    dq = round_up(schedule.rows * schedule.width * int64_t(sizeof(T)), 64);
+    dq = round_up(schedule.elements() * int64_t(sizeof(T)), 64);
     buffers = schedule.split ? schedule.units * schedule.segments : 2 * threads;
   }
 };
@@ -292,7 +300,7 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   const auto dq_at = [&](int64_t place) {
     return reinterpret_cast<T*>(scratches + threads * memory.scratch + place * memory.dq);
   };
-  const int64_t places = a.B * a.Hq * a.Lq, elements = schedule.rows * schedule.width;
+  const int64_t places = a.B * a.Hq * a.Lq;
 
   parallel_ranges(context, places, [&](int, int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end; ++place) sum_row<S>(a, args, sums, place);
@@ -300,8 +308,12 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
     clear(static_cast<T*>(args.dmask) + begin * a.Lkv, (end - begin) * a.Lkv * int64_t(sizeof(T)));
   });
   const auto add_up = [&](int64_t unit, T* total, const auto& next) {
-    for (int64_t segment = 1; segment < schedule.segments; ++segment) add(total, next(segment), elements);
+    for (int64_t segment = 1; segment < schedule.segments; ++segment) add(total, next(segment), schedule.elements());
     write_dq<S>(a, args, unit, total, schedule.width);
+    if (!args.dbias) return;
+    const int64_t count = a.Hq / a.Hkv * (a.Lq + a.Lkv - 1);
+    __builtin_memcpy(static_cast<T*>(args.dbias) + unit * count, total + schedule.rows * schedule.width,
+                     size_t(count) * sizeof(T));
   };
   if (!schedule.split) {
     parallel_ranges(context, schedule.units, [&](int thread, int64_t begin, int64_t end) {

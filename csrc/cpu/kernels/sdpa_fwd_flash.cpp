@@ -88,7 +88,7 @@ template <class S, class T = compute_t<S>>
 FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<S>& at, const Values<T>& values, int64_t width,
                     SoftmaxRows<T> state, bool started) {
   constexpr int64_t kL = kLanes<T>;
-  const T factor = scores<S>(a, args.mask, at);
+  const T factor = scores<S>(a, args, at);
   const int64_t rows = at.rows.count, begin = at.keys.begin / kL * kL, end = round_up(at.keys.end, kL);
   if (!started) {
     for (int64_t m = 0; m < rows; ++m) {
@@ -183,26 +183,45 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
   }
 }
 
+// What a row's weights add up to, with the sink's where there is one: sum * 2^most. Outputs are to be shrunk before they are
+// divided by it.
+template <class T>
+struct Total {
+  T sum, most, shrink = 1;
+
+  FC_INLINE Total(T keys, T most_of_keys, T sink) : sum(keys), most(most_of_keys) {
+    if (sink == -kInfinity<T>) return;
+    constexpr double kLog2e = 1.4426950408889634074;
+    const T place = T(double(sink) * kLog2e);
+    if (keys == 0 || place > most) {
+      shrink = keys == 0 ? T(0) : exp2_weight(most - place);
+      most = place;
+    }
+    sum = keys * shrink + exp2_weight(place - most);
+  }
+  FC_INLINE T lse() const {
+    constexpr double kLn2 = 0.69314718055994530942;
+    return sum == 0 ? -kInfinity<T> : T(double(most) * kLn2 + __builtin_log(double(sum)));
+  }
+};
+
 template <class S, class T = compute_t<S>>
 void finish(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chunk, const SoftmaxRows<T>& state, int64_t width) {
   QueryRow row = query_row(a, chunk.hkv, chunk.first);
   for (int64_t r = 0; r < chunk.count; ++r, advance(a, row)) {
-    const T sum = reduce_add(load(state.sums + r * kLanes<T>));
+    const Total<T> total(reduce_add(load(state.sums + r * kLanes<T>)), state.most[r],
+                         args.sink ? static_cast<const T*>(args.sink)[chunk.b * a.Hq + row.h] : -kInfinity<T>);
     S* out = at<S>(args.out, a.out, chunk.b, row.h, row.i);
     for (int64_t c = 0; c < a.Dv; c += kLanes<T>) {
       const int n = a.Dv - c < kLanes<T> ? int(a.Dv - c) : kLanes<T>;
-      const vec<T> y = sum == 0 ? zero<T>() : load(state.out + r * width + c) / set1(sum);
+      const vec<T> y = total.sum == 0 ? zero<T>() : load(state.out + r * width + c) * set1(total.shrink) / set1(total.sum);
       if (a.out.d == 1) {
         store(out + c, y, n);
       } else {
         store_strided(out + c * a.out.d, a.out.d, y, n);
       }
     }
-    if (args.lse) {
-      constexpr double kLn2 = 0.69314718055994530942;
-      T* lse = static_cast<T*>(args.lse) + (chunk.b * a.Hq + row.h) * a.Lq + row.i;
-      *lse = sum == 0 ? -kInfinity<T> : T(double(state.most[r]) * kLn2 + __builtin_log(double(sum)));
-    }
+    if (args.lse) static_cast<T*>(args.lse)[(chunk.b * a.Hq + row.h) * a.Lq + row.i] = total.lse();
   }
 }
 

@@ -273,7 +273,23 @@ def run(
         names = ("x", "w", "bias", "residual", "y", "packed")
         plan.run_conv2d(*(address.get(name, 0) for name in names), workspace=scratch_address)
     elif isinstance(case, SdpaCase):
-        every = ("q", "k", "v", "mask", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "dmask")
+        every = (
+            "q",
+            "k",
+            "v",
+            "mask",
+            "out",
+            "lse",
+            "dout",
+            "dlse",
+            "dq",
+            "dk",
+            "dv",
+            "dmask",
+            "bias",
+            "sink",
+            "dbias",
+        )
         plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
     else:
         plan.run_pool2d(*(address.get(name, 0) for name in ("x", "y", "indices")), scratch_address)
