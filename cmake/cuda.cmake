@@ -1,14 +1,14 @@
-# Looks for a CUDA toolkit and never fails a build over it.
+# Looks for a CUDA toolkit, adds the CUDA kernels where there is one, and never fails a build over it.
 #
-#   FASTCONV_CUDA          AUTO: use a toolkit if there is one · ON: warn if there is none · OFF: do not look
-#   FASTCONV_CUDA_VERSION  the toolkit's version, e.g. 13.0, or empty
-#   FASTCONV_CUDA_REASON   why this build holds no CUDA kernel, for build_info(); empty if it holds some
-#
-# nvcc is asked directly, without enabling CMake's CUDA language: that would compile a test program at every configuration, for
-# a build that has nothing to compile with it yet.
+#   FASTCONV_CUDA                AUTO: use a toolkit if there is one · ON: warn if there is none · OFF: do not look
+#   FASTCONV_CUDA_ARCHITECTURES  what the kernels are compiled for, as CMAKE_CUDA_ARCHITECTURES
+#   FASTCONV_CUDA_VERSION        the toolkit's version, e.g. 13.0, or empty
+#   FASTCONV_CUDA_REASON         why this build holds no CUDA kernel, for build_info(); empty if it holds some
 
 set(FASTCONV_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON or OFF")
 set_property(CACHE FASTCONV_CUDA PROPERTY STRINGS AUTO ON OFF)
+# The PTX is 90's and not 90a's: what ends in "a" runs on no later GPU.
+set(FASTCONV_CUDA_ARCHITECTURES "80-real;86-real;89-real;90a-real;90-virtual" CACHE STRING "GPUs to compile for")
 
 set(FASTCONV_CUDA_VERSION "")
 set(FASTCONV_CUDA_REASON "")
@@ -43,20 +43,67 @@ function(fastconv_find_cuda)
     execute_process(COMMAND "${FASTCONV_NVCC}" --version OUTPUT_VARIABLE banner RESULT_VARIABLE status ERROR_QUIET)
     if(status EQUAL 0 AND banner MATCHES "release ([0-9]+\\.[0-9]+)")
       set(FASTCONV_CUDA_VERSION "${CMAKE_MATCH_1}" PARENT_SCOPE)
-      set(reason "no CUDA kernel exists yet")
+      set(reason "")
     else()
       set(reason "${FASTCONV_NVCC} --version failed")
     endif()
   endif()
   set(FASTCONV_CUDA_REASON "${reason}" PARENT_SCOPE)
-  if(NOT FASTCONV_CUDA STREQUAL "AUTO")
+  if(reason AND NOT FASTCONV_CUDA STREQUAL "AUTO")
     message(WARNING "FASTCONV_CUDA=${FASTCONV_CUDA}, but: ${reason}")
   endif()
 endfunction()
 
 fastconv_find_cuda()
+
 if(FASTCONV_CUDA_VERSION)
-  message(STATUS "CUDA toolkit ${FASTCONV_CUDA_VERSION}: ${FASTCONV_CUDA_REASON}")
+  # Set before the language is enabled, which would otherwise choose one for this machine's GPU, or for none.
+  set(CMAKE_CUDA_COMPILER "${FASTCONV_NVCC}")
+  set(CMAKE_CUDA_ARCHITECTURES "${FASTCONV_CUDA_ARCHITECTURES}")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+  else()
+    set(FASTCONV_CUDA_VERSION "")
+    set(FASTCONV_CUDA_REASON "${FASTCONV_NVCC} does not work with ${CMAKE_CXX_COMPILER}")
+  endif()
+endif()
+
+if(FASTCONV_CUDA_VERSION)
+  string(REPLACE ";" " " FASTCONV_CUDA_BUILT_FOR "${FASTCONV_CUDA_ARCHITECTURES}")
+  string(REGEX REPLACE "-(real|virtual)" "" FASTCONV_CUDA_BUILT_FOR "${FASTCONV_CUDA_BUILT_FOR}")
+  message(STATUS "CUDA toolkit ${FASTCONV_CUDA_VERSION}, kernels for ${FASTCONV_CUDA_BUILT_FOR}")
 else()
+  set(FASTCONV_CUDA_BUILT_FOR "")
   message(STATUS "CUDA: ${FASTCONV_CUDA_REASON}")
 endif()
+
+# Objects of `sources`, compiled for `architectures` and linked into `target`.
+function(fastconv_add_cuda_objects target name architectures)
+  add_library(${name} OBJECT ${ARGN})
+  target_include_directories(${name} PRIVATE csrc)
+  target_link_libraries(${name} PRIVATE CUDA::cudart_static)
+  target_compile_definitions(${name} PRIVATE FASTCONV_CUDA_ARCHITECTURES="${FASTCONV_CUDA_BUILT_FOR}")
+  target_compile_features(${name} PRIVATE cxx_std_20 cuda_std_20)
+  set_target_properties(${name} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static
+                                           CUDA_ARCHITECTURES "${architectures}")
+  target_compile_options(${name} PRIVATE -Wall -Wextra $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all>)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${name}>)
+endfunction()
+
+# The kernels, and what asks the runtime about GPUs, as part of `target`.
+function(fastconv_add_cuda target)
+  find_package(CUDAToolkit REQUIRED)
+  file(GLOB kernels CONFIGURE_DEPENDS csrc/cuda/kernels/*.cu)
+  # Input gradients launch forward kernels and hold no device code: once through the compiler, not once for each GPU.
+  file(GLOB hosts CONFIGURE_DEPENDS csrc/cuda/kernels/*_dgrad_*.cu)
+  list(REMOVE_ITEM kernels ${hosts})
+  list(GET FASTCONV_CUDA_ARCHITECTURES 0 first)
+  fastconv_add_cuda_objects(${target} fastconv_cuda "${FASTCONV_CUDA_ARCHITECTURES}" ${kernels})
+  fastconv_add_cuda_objects(${target} fastconv_cuda_host "${first}" ${hosts} csrc/cuda/gpu.cpp)
+  # Static, so that importing needs no CUDA library, and hidden: torch may bring a runtime of its own.
+  target_link_libraries(${target} PUBLIC CUDA::cudart_static)
+  target_link_options(${target} PUBLIC LINKER:--exclude-libs,libcudart_static.a)
+  target_compile_definitions(${target} PUBLIC FASTCONV_CUDA)
+endfunction()

@@ -56,39 +56,41 @@ T* address(uintptr_t value) {
   return reinterpret_cast<T*>(value);
 }
 
-// Runs a plan in the given scratch, or in the thread's own.
+// Runs a plan in the given scratch, or in the thread's own, which is the CPU's.
 template <class Args>
-void run(const AnyPlan& plan, const Args& args, std::optional<uintptr_t> workspace) {
+void run(const AnyPlan& plan, const Args& args, std::optional<uintptr_t> workspace, uintptr_t stream) {
+  if (!workspace && plan.device() != kCpu) throw std::invalid_argument("a plan for a GPU needs its workspace's address");
   const Scratch scratch(workspace ? 0 : plan.workspace());
   py::gil_scoped_release release;
-  plan.run(args, workspace ? address<void>(*workspace) : scratch.data());
+  plan.run(args, workspace ? address<void>(*workspace) : scratch.data(), address<void>(stream));
 }
 
 void run_conv2d(const AnyPlan& plan, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t residual, uintptr_t y, uintptr_t packed,
-                std::optional<uintptr_t> workspace) {
+                std::optional<uintptr_t> workspace, uintptr_t stream) {
   run(plan,
       Conv2dArgs{address<void>(x), address<void>(w), address<void>(bias), address<void>(residual), address<void>(y),
                  address<void>(packed)},
-      workspace);
+      workspace, stream);
 }
 
-void run_pool2d(const AnyPlan& plan, uintptr_t x, uintptr_t y, uintptr_t indices, std::optional<uintptr_t> workspace) {
-  run(plan, Pool2dArgs{address<void>(x), address<void>(y), address<int64_t>(indices)}, workspace);
+void run_pool2d(const AnyPlan& plan, uintptr_t x, uintptr_t y, uintptr_t indices, std::optional<uintptr_t> workspace,
+                uintptr_t stream) {
+  run(plan, Pool2dArgs{address<void>(x), address<void>(y), address<int64_t>(indices)}, workspace, stream);
 }
 
 // In the order of SdpaArgs, 0 for what is absent.
-void run_sdpa(const AnyPlan& plan, const std::array<uintptr_t, 15>& a, std::optional<uintptr_t> workspace) {
+void run_sdpa(const AnyPlan& plan, const std::array<uintptr_t, 15>& a, std::optional<uintptr_t> workspace, uintptr_t stream) {
   run(plan,
       SdpaArgs{address<void>(a[0]), address<void>(a[1]), address<void>(a[2]), address<void>(a[3]), address<void>(a[4]),
                address<void>(a[5]), address<void>(a[6]), address<void>(a[7]), address<void>(a[8]), address<void>(a[9]),
                address<void>(a[10]), address<void>(a[11]), address<void>(a[12]), address<void>(a[13]), address<void>(a[14])},
-      workspace);
+      workspace, stream);
 }
 
 template <class Problem>
-py::list explain(const std::string& op, const Problem& problem, const std::string& force, bool strict) {
+py::list explain(const std::string& op, const Problem& problem, const std::string& force, bool strict, int device) {
   py::list table;
-  for (const Candidate& candidate : candidates(op, problem, {force, strict})) {
+  for (const Candidate& candidate : candidates(op, problem, {force, strict, device})) {
     table.append(py::make_tuple(candidate.row->name, candidate.verdict, candidate.cost));
   }
   return table;
@@ -130,7 +132,7 @@ py::dict build() {
 #endif
   return py::dict("version"_a = FASTCONV_VERSION, "compiler"_a = FASTCONV_COMPILER, "flags"_a = FASTCONV_FLAGS,
                   "targets"_a = targets, "cuda"_a = FASTCONV_CUDA_VERSION, "cuda_reason"_a = FASTCONV_CUDA_REASON,
-                  "openmp"_a = openmp);
+                  "cuda_architectures"_a = FASTCONV_CUDA_ARCHITECTURES, "openmp"_a = openmp);
 }
 
 void bind_problems(py::module_& m) {
@@ -234,11 +236,11 @@ void bind_selection(py::module_& m) {
   using namespace py::literals;
   m.def(
       "plan",
-      [](const std::string& op, const Problem& problem, int threads, const std::string& force, bool strict) {
-        return AnyPlan(choose(op, problem, threads, {force, strict}));
+      [](const std::string& op, const Problem& problem, int threads, const std::string& force, bool strict, int device) {
+        return AnyPlan(choose(op, problem, threads, {force, strict, device}));
       },
-      "op"_a, "problem"_a, "threads"_a, "force"_a = "", "strict"_a = false);
-  m.def("explain", &explain<Problem>, "op"_a, "problem"_a, "force"_a = "", "strict"_a = false);
+      "op"_a, "problem"_a, "threads"_a, "force"_a = "", "strict"_a = false, "device"_a = int(kCpu));
+  m.def("explain", &explain<Problem>, "op"_a, "problem"_a, "force"_a = "", "strict"_a = false, "device"_a = int(kCpu));
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -259,14 +261,15 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("kernel", &AnyPlan::kernel)
       .def_property_readonly("workspace", &AnyPlan::workspace)
       .def_property_readonly("threads", &AnyPlan::threads)
-      .def("run_conv2d", &run_conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "y"_a, "packed"_a = 0, "workspace"_a = py::none())
+      .def("run_conv2d", &run_conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "y"_a, "packed"_a = 0, "workspace"_a = py::none(),
+           "stream"_a = 0)
       .def_property_readonly("packed",
                              [](const AnyPlan& plan) { return std::pair(plan.packed().bytes, plan.packed().arrangement); })
       .def(
           "pack", [](const AnyPlan& plan, uintptr_t w, uintptr_t packed) { plan.pack(address<void>(w), address<void>(packed)); },
           py::call_guard<py::gil_scoped_release>(), "w"_a, "packed"_a)
-      .def("run_pool2d", &run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a = py::none())
-      .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none());
+      .def("run_pool2d", &run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a = py::none(), "stream"_a = 0)
+      .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0);
   if (!add_eager_calls(m.ptr())) throw py::error_already_set();
   m.def("kernels", &kernels);
   m.def("machine", &machine);

@@ -10,6 +10,9 @@ namespace fastconv {
 struct Context {
   const Machine* machine;
   void* workspace;  // Kernel::workspace bytes, 64-byte aligned, not initialised
+  // Of a kernel for GPUs, whose operands and workspace lie in that device's memory: it only starts work on the stream.
+  int32_t device = kCpu;
+  void* stream = nullptr;
 };
 
 // Filters in a kernel's own order. Kernels with one name may use several orders; filters of one shape have the same bytes in each

@@ -5,8 +5,12 @@
 
 namespace fastconv {
 
-// Where a kernel may run: one bit for each instruction set this project compiles for. `scalar` is the baseline.
-enum Isa : uint32_t { kIsaScalar = 1, kIsaAvx2 = 2, kIsaAvx512 = 4 };
+// Where a kernel may run: one bit for each instruction set this project compiles for. `scalar` is the baseline; `sm80` is a GPU
+// of compute capability 8.0 or later.
+enum Isa : uint32_t { kIsaScalar = 1, kIsaAvx2 = 2, kIsaAvx512 = 4, kIsaSm80 = 8 };
+
+// Where the operands of a call lie: a GPU's number, or one of these.
+enum Device : int32_t { kCpu = -1, kAnyGpu = -2 };
 
 struct Machine {
   uint32_t isa;      // Isa bits that this CPU has and FASTCONV_ISA allows

@@ -1,5 +1,6 @@
 #include "core/registry.h"
 
+#include "core/gpu.h"
 #include "core/machine_info.h"
 
 namespace fastconv {
@@ -33,6 +34,14 @@ namespace avx512 {
 #include "kernels.def"
 }
 #endif
+#ifdef FASTCONV_CUDA
+namespace sm80 {
+#include "kernels.def"
+}
+#define FC_ROWS_SM80(op, algorithm, dtype) FC_LIST(op, algorithm, dtype, sm80, kIsaSm80)
+#else
+#define FC_ROWS_SM80(op, algorithm, dtype)
+#endif
 #undef FC_KERNEL
 
 #ifdef FASTCONV_X86
@@ -53,7 +62,12 @@ const std::vector<Row>& rows() {
   return table;
 }
 
-std::string why_not_runnable(const Row& row) {
+std::string why_not_runnable(const Row& row) { return why_not_runnable(row, row.isa == kIsaSm80 ? kAnyGpu : kCpu); }
+
+std::string why_not_runnable(const Row& row, int device) {
+  const bool for_gpu = row.isa == kIsaSm80;
+  if (for_gpu != (device != kCpu)) return for_gpu ? "the operands are not on a GPU" : "the operands are not on the CPU";
+  if (for_gpu) return why_not_on_gpu(device);
   const MachineInfo& info = machine_info();
   if (!(info.isa_found & row.isa)) return std::string("this CPU has no ") + row.target;
   if (!(info.machine.isa & row.isa)) return std::string("FASTCONV_ISA forbids ") + row.target;

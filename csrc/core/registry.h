@@ -22,4 +22,7 @@ const std::vector<Row>& rows();
 // "" when the row may run on this machine, otherwise why not.
 std::string why_not_runnable(const Row& row);
 
+// The same for operands on `device` (see Device). No driver is asked about a row that is not for that kind of device.
+std::string why_not_runnable(const Row& row, int device);
+
 }  // namespace fastconv

@@ -60,7 +60,7 @@ std::vector<Candidate> candidates(const std::string& op, const Problem& problem,
     op_exists = true;
     name_exists |= named(row, wish.force);
     if (std::string(row.dtype) != dtype_name(problem.dtype)) continue;
-    Candidate candidate{&row, why_not_runnable(row), kNever};
+    Candidate candidate{&row, why_not_runnable(row, wish.device), kNever};
     if (candidate.verdict.empty() && !named(row, wish.force)) candidate.verdict = "not the forced '" + wish.force + "'";
     if (candidate.verdict.empty() && wish.strict && (*kernel)->error_growth > 1)
       candidate.verdict = "set_accuracy(\"strict\") rules it out";
@@ -94,7 +94,7 @@ Plan<Problem> choose(const std::string& op, const Problem& problem, int threads,
   }
   const Machine machine = machine_with(threads);
   const auto* kernel = std::get<const Kernel<Problem>*>(best->row->kernel);
-  return {best->row, kernel, problem, machine, kernel->workspace(problem, machine)};
+  return {best->row, kernel, problem, machine, kernel->workspace(problem, machine), wish.device};
 }
 
 template std::vector<Candidate> candidates(const std::string&, const Conv2dProblem&, const Wish&);

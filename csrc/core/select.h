@@ -11,6 +11,7 @@ namespace fastconv {
 struct Wish {
   std::string force;    // "", an algorithm, a target, or a whole kernel name
   bool strict = false;  // never a kernel whose error_growth is above 1
+  int device = kCpu;    // where the operands lie
 };
 
 struct Candidate {
@@ -26,6 +27,7 @@ struct Plan {
   Problem problem;
   Machine machine;  // with the thread count of the call
   int64_t workspace;
+  int device;
 };
 
 // Every kernel of the op and dtype, in the order of kernels.def. Throws std::invalid_argument for an op or a forced name that

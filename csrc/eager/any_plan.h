@@ -26,6 +26,10 @@ class AnyPlan {
     return std::visit([](const auto& plan) { return plan.machine.threads; }, plan_);
   }
 
+  int device() const {
+    return std::visit([](const auto& plan) { return plan.device; }, plan_);
+  }
+
   double predicted_seconds() const {
     return std::visit([](const auto& plan) { return plan.kernel->cost(plan.problem, plan.machine); }, plan_);
   }
@@ -40,15 +44,22 @@ class AnyPlan {
     std::visit([&](const auto& plan) { plan.kernel->pack(plan.problem, w, packed); }, plan_);
   }
 
-  // Without the GIL. Throws std::bad_variant_access where the plan is for another kind of problem.
-  void run(const Conv2dArgs& args, void* workspace) const { run(std::get<Plan<Conv2dProblem>>(plan_), args, workspace); }
-  void run(const Pool2dArgs& args, void* workspace) const { run(std::get<Plan<Pool2dProblem>>(plan_), args, workspace); }
-  void run(const SdpaArgs& args, void* workspace) const { run(std::get<Plan<SdpaProblem>>(plan_), args, workspace); }
+  // Without the GIL; on a GPU it starts the work on the stream and returns. Throws std::bad_variant_access where the plan is for
+  // another kind of problem.
+  void run(const Conv2dArgs& args, void* workspace, void* stream = nullptr) const {
+    run(std::get<Plan<Conv2dProblem>>(plan_), args, workspace, stream);
+  }
+  void run(const Pool2dArgs& args, void* workspace, void* stream = nullptr) const {
+    run(std::get<Plan<Pool2dProblem>>(plan_), args, workspace, stream);
+  }
+  void run(const SdpaArgs& args, void* workspace, void* stream = nullptr) const {
+    run(std::get<Plan<SdpaProblem>>(plan_), args, workspace, stream);
+  }
 
  private:
   template <class Problem>
-  static void run(const Plan<Problem>& plan, const typename Problem::Args& args, void* workspace) {
-    plan.kernel->run(plan.problem, args, {&plan.machine, workspace});
+  static void run(const Plan<Problem>& plan, const typename Problem::Args& args, void* workspace, void* stream) {
+    plan.kernel->run(plan.problem, args, {&plan.machine, workspace, plan.device, stream});
   }
 
   std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>> plan_;

@@ -14,7 +14,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import functional, models, nn, numpy
+    from . import cuda, functional, models, nn, numpy
     from ._attention import sdpa
     from .control import build_info, explain, kernels, set_accuracy, use
     from .conversion import convert, revert
@@ -41,13 +41,14 @@ _HOMES = {
     "unfuse": "fusion",
     "use": "control",
 }
-_SUBMODULES = ("_native", "functional", "models", "nn", "numpy", "plan", "reference", "testing")
+_SUBMODULES = ("_native", "cuda", "functional", "models", "nn", "numpy", "plan", "reference", "testing")
 
 __all__ = [
     "FallbackWarning",
     "__version__",
     "build_info",
     "convert",
+    "cuda",
     "explain",
     "fallback_counts",
     "functional",

@@ -18,6 +18,10 @@ _tracing = torch._C._get_tracing_state
 _is_exporting = torch.compiler.is_exporting
 
 
+# What a CUDA tensor's reason adds: a drop-in replacement does not run what has not been measured.
+_ON_CUDA = ", and the kernels for GPUs have not been measured on one; fastconv.cuda calls them"
+
+
 def quiet() -> bool:
     """Whether nobody casts, traces or exports the calls made now."""
     return not _any_autocast() and _tracing() is None and not _is_exporting()
@@ -97,7 +101,7 @@ def reason_for_torch(
         if not _own_memory(t):
             return f"{name} is a {type(t).__name__}"
         if t.device.type not in ("cpu", "meta"):
-            return f"{name} is on {t.device.type}"
+            return f"{name} is on {t.device.type}" + _ON_CUDA * (t.device.type == "cuda")
         if t.is_nested or t.layout is not _strided:
             return f"{name} is {'nested' if t.is_nested else str(t.layout).removeprefix('torch.')}"
     if _tracing() is not None:

@@ -122,6 +122,11 @@ class Plan:
         return f"Plan({self.kernel}, workspace={self.workspace})"
 
 
+def native() -> Any:
+    """The compiled module, for who makes plans of operands on another device."""
+    return _C
+
+
 _caches: list[Callable[[], None]] = []
 
 

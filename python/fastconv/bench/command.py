@@ -101,7 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="ops, models, 'model NAME …' or 'call'")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="ops, models, 'model NAME …' or 'call'")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: fastconv.cuda on a fixed set of layers"
+    )
     parser.add_argument("--shape", action="append", default=[], help="a shape string; may be repeated")
     parser.add_argument(
         "--batch", type=numbers, help="batch sizes, such as 1,8 (models: default 1; shapes: their own n)"
@@ -123,7 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pass", dest="directions", type=_names("fwd", "dgrad", "wgrad", "bwd"), help="fwd (default), …"
     )
-    parser.add_argument("--dtype", choices=("f32", "f64"), default="f32", help="default f32")
+    parser.add_argument(
+        "--dtype",
+        choices=("f32", "f64", "bf16", "f16"),
+        default="f32",
+        help="default f32; halves are for --device cuda",
+    )
     parser.add_argument("--train", action="store_true", help="with 'model': a training step")
     parser.add_argument("--fuse", action="store_true", help="with 'model': fastconv's weights frozen by fastconv.fuse")
     parser.add_argument("--only", default="", help="regular expression on shape strings: run only these")
@@ -159,6 +167,14 @@ def _names(*known: str) -> Any:
 
 
 def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
+    if args.device == "cuda":
+        if args.targets or args.dtype == "f64":
+            raise UsageError("--device cuda has its own layers, in f32, bf16 or f16: expected no target and no f64")
+        from fastconv.bench import gpu
+
+        return gpu.run(args, words)
+    if not args.targets or args.dtype in ("bf16", "f16"):
+        raise UsageError("expected a target, and f32 or f64: see fastconv bench --help")
     import fastconv
     from fastconv.bench import context, peaks
     from fastconv.bench.report import Reporter

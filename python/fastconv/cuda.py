@@ -1,0 +1,267 @@
+"""The kernels for GPUs, on CUDA tensors: convolution, linear and pooling layers with their gradients.
+
+They are proven by emulation (docs/cuda.md) and have not run on a GPU yet. Until they are measured there, `fastconv.functional`
+leaves CUDA tensors to torch, and here is where to call them: float32, bfloat16 and float16, sums always in float32. Work is
+started on torch's current stream of the tensors' device and memory comes from torch's allocator, so nothing synchronises. There
+is no torch.compile, autocast or second derivative yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import _conv_checks, _pool_checks, plan
+from .plan import prefers_channels_last, strides_of
+
+Size = int | Sequence[int]
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+# ---- Plans ------------------------------------------------------------------------------------------------------------------
+
+
+def _device(op: str, tensors: dict[str, Tensor | None]) -> int:
+    """The number of the GPU that holds all operands. RuntimeError where none does, NotImplementedError for a dtype."""
+    first = next(t for t in tensors.values() if t is not None)
+    for name, t in tensors.items():
+        if t is not None and (not t.is_cuda or t.device != first.device):
+            raise RuntimeError(f"fastconv.cuda.{op}: {name} is on {t.device}, expected all operands on one CUDA device")
+    if first.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"fastconv.cuda.{op}: not implemented for {first.dtype}, expected float32, bfloat16 or float16"
+        )
+    return first.get_device()
+
+
+def _stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+@plan.cached
+def _plan(op: str, make: Any, arguments: tuple[Any, ...], device: int, force: str, strict: bool) -> Any:
+    return plan.native().plan(op, make(*arguments), 1, force, strict, device)
+
+
+def _run(op: str, make: Any, arguments: tuple[Any, ...], device: int, like: Tensor, *operands: Tensor | None) -> None:
+    """Starts the kernel for `make(*arguments)`, with its operands in the order of `_C.Plan.run_conv2d` or `run_pool2d`."""
+    chosen = _plan(op, make, arguments, device, plan.forced.get().get(op, ""), plan.strict)
+    workspace = torch.empty(chosen.workspace, dtype=torch.uint8, device=like.device)
+    run = chosen.run_conv2d if op.startswith("conv2d") else chosen.run_pool2d
+    addresses = [0 if t is None else t.data_ptr() for t in operands]
+    run(*addresses, workspace=workspace.data_ptr(), stream=_stream(device))
+
+
+def _layout(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(t.shape), t.stride()
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_strided(shape, strides_of(shape, last), dtype=dtype or like.dtype, device=like.device)
+
+
+def _last(t: Tensor) -> bool:
+    return prefers_channels_last(t.shape, t.stride())
+
+
+# ---- Convolution ------------------------------------------------------------------------------------------------------------
+
+
+class _Conv2d(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, device: int, y_shape: Any, geometry: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.device, ctx.geometry = device, geometry
+        y = _empty(x, y_shape, _last(x) or _last(w))
+        bias = None if bias is None else bias.contiguous()
+        problem = DTYPES[x.dtype], _layout(x), _layout(w), _layout(y), *geometry, bias is not None
+        _run("conv2d_fwd", plan.conv2d_problem, problem, device, x, x, w, bias, None, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        dx = dw = db = None
+        wants_x, wants_w, wants_bias = ctx.needs_input_grad[:3]
+        if wants_x:
+            dx = _empty(x, tuple(x.shape), _last(x))
+            problem = DTYPES[x.dtype], _layout(dx), _layout(w), _layout(dy), *ctx.geometry
+            _run("conv2d_dgrad", plan.conv2d_problem, problem, ctx.device, x, dx, w, None, None, dy)
+        if wants_w or wants_bias:
+            dw = _empty(w, tuple(w.shape), _last(w))
+            db = torch.empty(w.shape[0], dtype=w.dtype, device=w.device) if wants_bias else None
+            problem = DTYPES[x.dtype], _layout(x), _layout(dw), _layout(dy), *ctx.geometry, wants_bias
+            _run("conv2d_wgrad", plan.conv2d_problem, problem, ctx.device, x, x, dw, db, None, dy)
+        return dx, dw, db, None, None, None
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` of `input` (N, C, H, W), `weight` (K, C/groups, R, S) and `bias` (K) on one GPU.
+
+    Returns (N, K, P, Q), channels_last where an operand is. Raises what torch raises for arguments that do not fit, RuntimeError
+    where the operands are not on one CUDA device, NotImplementedError, with reasons, for a dtype or problem without a kernel.
+    """
+    op = "conv2d"
+    device = _device(op, _conv_checks.tensors(op, input, weight, bias))
+    _conv_checks.check_dtypes(op, input, weight, bias)
+    _conv_checks.check_ranks(op, 2, input, weight)
+    g = _conv_checks.geometry(op, 2, weight, stride, padding, dilation, groups, 0)
+    if input.dim() == 3:
+        return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    _conv_checks.check_shapes(op, False, input, weight, bias, g.groups)
+    _conv_checks.check_extent(op, input, weight, g)
+    if input.numel() == 0 or weight.numel() == 0 or g.huge():
+        raise NotImplementedError("fastconv.cuda.conv2d: no kernel takes an empty operand or an option beyond 31 bits")
+    (top, left), (bottom, right) = g.before, g.after
+    windows = zip(input.shape[2:], weight.shape[2:], g.stride, g.before, g.after, g.dilation)
+    size = tuple((n + a + b - d * (r - 1) - 1) // u + 1 for n, r, u, a, b, d in windows)
+    y_shape = (input.shape[0], weight.shape[0], *size)
+    geometry = g.stride, (top, bottom, left, right), g.dilation, g.groups
+    return _Conv2d.apply(input, weight, bias, device, y_shape, geometry)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`input` (…, I) times `weight` (O, I) transposed, plus `bias` (O): a 1x1 convolution. Returns (…, O); errors as `conv2d`."""
+    _conv_checks.check_linear("linear", input, weight, bias)
+    rows = input.reshape(-1, input.shape[-1])
+    y = conv2d(rows[:, :, None, None], weight[:, :, None, None], bias)
+    return y.reshape(*input.shape[:-1], weight.shape[0])
+
+
+# ---- Pooling ----------------------------------------------------------------------------------------------------------------
+
+
+class _MaxPool2d(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, device: int, y_shape: Any, windows: Any) -> tuple[Tensor, Tensor]:
+        y, indices = _empty(x, y_shape, _last(x)), _empty(x, y_shape, _last(x), torch.int64)
+        _run(
+            "max_pool2d_fwd",
+            plan.pool2d_problem,
+            (DTYPES[x.dtype], _layout(x), _layout(y), *windows),
+            device,
+            x,
+            x,
+            y,
+            indices,
+        )
+        ctx.save_for_backward(indices)
+        ctx.device, ctx.windows, ctx.x_shape, ctx.last = device, windows, tuple(x.shape), _last(x)
+        ctx.mark_non_differentiable(indices)
+        return y, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+        (indices,) = ctx.saved_tensors
+        if dy.stride() != indices.stride():  # the kernel walks both with one set of strides
+            dy = torch.empty_like(indices, dtype=dy.dtype).copy_(dy)
+        dx = _empty(dy, ctx.x_shape, ctx.last)
+        problem = DTYPES[dy.dtype], _layout(dx), _layout(dy), *ctx.windows
+        _run("max_pool2d_bwd", plan.pool2d_problem, problem, ctx.device, dy, dx, dy, indices)
+        return dx, None, None, None
+
+
+class _AvgPool2d(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, device: int, y_shape: Any, windows: Any) -> Tensor:
+        y = _empty(x, y_shape, _last(x))
+        _run(
+            "avg_pool2d_fwd",
+            plan.pool2d_problem,
+            (DTYPES[x.dtype], _layout(x), _layout(y), *windows),
+            device,
+            x,
+            x,
+            y,
+            None,
+        )
+        ctx.device, ctx.windows, ctx.x_shape, ctx.last = device, windows, tuple(x.shape), _last(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        dx = _empty(dy, ctx.x_shape, ctx.last)
+        problem = DTYPES[dy.dtype], _layout(dx), _layout(dy), *ctx.windows
+        _run("avg_pool2d_bwd", plan.pool2d_problem, problem, ctx.device, dy, dx, dy, None)
+        return dx, None, None, None
+
+
+def _pooled(op: str, input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Any:
+    """The device, the output's shape and the windows of a pooling of images."""
+    device = _device(op, {"input": input})
+    if input.dim() != 4 or input.numel() == 0:
+        raise NotImplementedError(
+            f"fastconv.cuda.{op}: got shape {list(input.shape)}, expected (N, C, H, W), not empty"
+        )
+    w = _pool_checks.windows(op, 2, kernel_size, stride, padding, dilation)
+    _pool_checks.check_windows(op, 2, tuple(input.shape), w, ceil_mode)
+    from .ops.pool2d import output_shape
+
+    (top, left), shape = w.padding, output_shape(input.shape, *w, ceil_mode)
+    return device, shape, (w.kernel, w.stride, (top, top, left, left), w.dilation)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """`torch.nn.functional.max_pool2d` of `input` (N, C, H, W) on a GPU, with a gradient that is the same in every run.
+
+    Errors as `conv2d`.
+    """
+    device, shape, windows = _pooled("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
+    found = _MaxPool2d.apply(input, device, shape, windows)  # type: ignore[no-untyped-call]
+    return found if return_indices else found[0]
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.avg_pool2d` of `input` (N, C, H, W) on a GPU. Errors as `conv2d`."""
+    if divisor_override == 0:
+        raise RuntimeError("divisor must be not zero: avg_pool2d() got divisor_override=0")
+    device, shape, windows = _pooled("avg_pool2d", input, kernel_size, stride, padding, 1, ceil_mode)
+    options = *windows, divisor_override or 0, count_include_pad
+    return _AvgPool2d.apply(input, device, shape, options)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: Size) -> Tensor:
+    """`torch.nn.functional.adaptive_avg_pool2d` of `input` (N, C, H, W) on a GPU. Errors as `conv2d`."""
+    device = _device("adaptive_avg_pool2d", {"input": input})
+    if input.dim() != 4 or input.numel() == 0:
+        raise NotImplementedError(
+            f"fastconv.cuda.adaptive_avg_pool2d: got shape {list(input.shape)}, expected (N, C, H, W), not empty"
+        )
+    size = _pool_checks.adaptive_size("adaptive_avg_pool2d", 2, output_size, input)
+    options = (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 0, True, True
+    return _AvgPool2d.apply(input, device, (*input.shape[:2], *size), options)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,242 @@
+"""The CUDA kernels without a GPU: compiled by the host compiler against tests/cuda_emulator, which gives CUDA its meaning.
+
+`build` makes a library of all .cu files and answers with an `Emulator`, which stands in for the compiled module wherever the
+harness asks for one (`harness.using`). Needs the sources: a clone, not an installed package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
+
+_i64, _i32 = ctypes.c_int64, ctypes.c_int32
+_DTYPES = ("f32", "f64", "bf16", "f16")
+_ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid")
+
+
+def compiler() -> str | None:
+    """The host compiler: CXX, g++ or c++; None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++"))), None)
+
+
+# ---- Problems, as csrc/core/problem.h lays them out -------------------------------------------------------------------------
+
+
+class _Epilogue(ctypes.Structure):
+    _fields_ = (("bias", ctypes.c_bool), ("residual", ctypes.c_bool), ("activation", _i32))
+
+
+def _numbers(*names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, _i64) for name in names)
+
+
+class _Conv2d(ctypes.Structure):
+    _fields_ = (
+        ("dtype", _i32),
+        *_numbers("N", "C", "H", "W", "K", "R", "S", "P", "Q", "groups"),
+        *_numbers("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w"),
+        ("x", _i64 * 4),
+        ("w", _i64 * 5),
+        ("y", _i64 * 4),
+        ("epilogue", _Epilogue),
+        ("frozen", ctypes.c_bool),
+    )
+
+
+class _Pool2d(ctypes.Structure):
+    _fields_ = (
+        ("dtype", _i32),
+        *_numbers("N", "C", "H", "W", "P", "Q", "R", "S", "stride_h", "stride_w"),
+        *_numbers("pad_top", "pad_bottom", "pad_left", "pad_right", "dilation_h", "dilation_w", "divisor_override"),
+        ("count_include_pad", ctypes.c_bool),
+        ("adaptive", ctypes.c_bool),
+        ("x", _i64 * 4),
+        ("y", _i64 * 4),
+    )
+
+
+def _conv2d(
+    *, dtype: str, stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int], x: Sequence[int], w: Sequence[int],
+    y: Sequence[int], bias: bool = False, residual: bool = False, activation: str = "none", frozen: bool = False, **sizes: int,
+) -> _Conv2d:  # fmt: skip
+    return _Conv2d(
+        dtype=_DTYPES.index(dtype), **sizes, stride_h=stride[0], stride_w=stride[1], pad_top=pad[0], pad_left=pad[1],
+        dilation_h=dilation[0], dilation_w=dilation[1], x=tuple(x), w=tuple(w), y=tuple(y),
+        epilogue=_Epilogue(bias, residual, _ACTIVATIONS.index(activation)), frozen=frozen,
+    )  # fmt: skip
+
+
+def _pool2d(
+    *, dtype: str, stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int], x: Sequence[int], y: Sequence[int],
+    **rest: int,
+) -> _Pool2d:  # fmt: skip
+    return _Pool2d(
+        dtype=_DTYPES.index(dtype), **rest, stride_h=stride[0], stride_w=stride[1], pad_top=pad[0], pad_bottom=pad[1],
+        pad_left=pad[2], pad_right=pad[3], dilation_h=dilation[0], dilation_w=dilation[1], x=tuple(x), y=tuple(y),
+    )  # fmt: skip
+
+
+# ---- The module -------------------------------------------------------------------------------------------------------------
+
+
+class EmulatorError(AssertionError):
+    """A kernel did what would hang or be undefined on a GPU."""
+
+
+class _Plan:
+    """What `_C.Plan` is: one kernel on one problem."""
+
+    def __init__(self, emulator: Emulator, row: int, problem: Any) -> None:
+        self._emulator, self._row, self._problem = emulator, row, problem
+        self.kernel = emulator.names[row]
+        self.workspace: int = emulator.library.emulator_workspace(row, ctypes.byref(problem))
+
+    def _run(self, workspace: int, *addresses: int) -> None:
+        args = (ctypes.c_void_p * len(addresses))(*addresses)
+        error = self._emulator.library.emulator_run(
+            self._row, ctypes.byref(self._problem), args, workspace, self._emulator.seed
+        )
+        if error:
+            raise EmulatorError(f"{self.kernel}: {error.decode()}")
+
+    def run_conv2d(
+        self, x: int, w: int, bias: int, residual: int, y: int, packed: int = 0, workspace: int = 0, stream: int = 0
+    ) -> None:
+        self._run(workspace, x, w, bias, residual, y, packed)
+
+    def run_pool2d(self, x: int, y: int, indices: int, workspace: int = 0, stream: int = 0) -> None:
+        self._run(workspace, x, y, indices)
+
+
+class Emulator:
+    """Answers what the harness asks of the compiled module, for the kernels whose target is sm80.
+
+    `seed` draws who runs next between barriers.
+    """
+
+    Conv2dProblem = staticmethod(_conv2d)
+    Pool2dProblem = staticmethod(_pool2d)
+
+    def __init__(self, path: Path, seed: int = 0) -> None:
+        self.library: Any = ctypes.CDLL(str(path))
+        self.seed = seed
+        for name, result in (
+            ("name", ctypes.c_char_p), ("reject", ctypes.c_char_p), ("run", ctypes.c_char_p), ("cost", ctypes.c_double),
+            ("workspace", _i64), ("size", _i64),
+        ):  # fmt: skip
+            getattr(self.library, f"emulator_{name}").restype = result
+        self.library.emulator_run.argtypes = (ctypes.c_int, *(ctypes.c_void_p,) * 3, ctypes.c_uint64)
+        for problem, structure in ((b"conv2d", _Conv2d), (b"pool2d", _Pool2d)):
+            if self.library.emulator_size(problem) != ctypes.sizeof(structure):
+                raise RuntimeError(
+                    f"{structure.__name__} is not laid out as core/problem.h's {problem.decode()} problem"
+                )
+        self.names: list[str] = [self.library.emulator_name(i).decode() for i in range(self.library.emulator_count())]
+
+    def kernels(self) -> list[Any]:
+        fields = ("op", "algorithm", "dtype", "target")
+        return [
+            SimpleNamespace(
+                name=name, **dict(zip(fields, name.split("."), strict=True)), runnable=True, why_not="", error_growth=1.0
+            )
+            for name in self.names
+        ]  # fmt: skip
+
+    def explain(self, op: str, problem: Any) -> list[tuple[str, str, float]]:
+        found = []
+        for row, name in enumerate(self.names):
+            if name.startswith(f"{op}.") and name.split(".")[2] == _DTYPES[problem.dtype]:
+                reason = self.library.emulator_reject(row, ctypes.byref(problem))
+                cost = float("inf") if reason else self.library.emulator_cost(row, ctypes.byref(problem))
+                found.append((name, (reason or b"").decode(), cost))
+        return found
+
+    def plan(self, op: str, problem: Any, threads: int, force: str, strict: bool = False, device: int = 0) -> _Plan:
+        found = [row for row in self.explain(op, problem) if force in (row[0], "")]
+        name, verdict, _ = min(found, key=lambda row: row[2])
+        if verdict:
+            raise NotImplementedError(f"{name}: {verdict}")
+        return _Plan(self, self.names.index(name), problem)
+
+
+# ---- Building ---------------------------------------------------------------------------------------------------------------
+
+
+def build(
+    root: Path, cache: Path, *, sanitize: bool = False, edits: Mapping[str, tuple[str, str]] | None = None, only: str = ""
+) -> Path:  # fmt: skip
+    """The library of all CUDA kernels under `root`, built in `cache` where it is not there yet.
+
+    `edits` breaks kernels on purpose: {path below root: (text, replacement)}, applied to copies, and seen by the kernel `only`
+    ("op.algorithm"; by all without it). Raises RuntimeError with the compiler's words where it fails, and ValueError where a
+    text to replace is not there exactly once.
+    """
+    command = compiler()
+    if command is None:
+        raise RuntimeError("no host compiler")
+    flags = [command, *FLAGS, *(SANITIZE if sanitize else ())]
+    sources = sorted((root / "csrc/cuda/kernels").glob("*.cu")) + sorted((root / "tests/cuda_emulator").glob("*.cpp"))
+    headers = [
+        p for folder in ("csrc/core", "csrc/cuda/blocks", "tests/cuda_emulator") for p in (root / folder).glob("*.h")
+    ]
+    plain = _digest(repr(flags).encode(), *(p.read_bytes() for p in sorted([*headers, root / "csrc/kernels.def"])))
+    cache.mkdir(parents=True, exist_ok=True)
+    changed = {path: _edited(root / path, *edit) for path, edit in (edits or {}).items()}
+    overlay = cache / f"edited-{_digest(repr(sorted(changed.items())).encode())}"
+    for path, text in changed.items():
+        (overlay / path).parent.mkdir(parents=True, exist_ok=True)
+        (overlay / path).write_text(text)
+
+    def compile_one(source: Path) -> Path:
+        relative = source.relative_to(root).as_posix()
+        edited = bool(changed) and only.replace(".", "_") in ("", source.stem)
+        roots = [overlay, root] if edited else [root]
+        key = _digest(plain.encode(), repr(sorted(changed.items()) if edited else "").encode(), source.read_bytes())
+        made = cache / f"{source.stem}-{key}.o"
+        if not made.exists():
+            place = overlay / relative if edited and relative in changed else source
+            includes = [f"-I{base / folder}" for base in roots for folder in ("tests/cuda_emulator", "csrc")]
+            _run(*flags, *includes, "-x", "c++", "-c", str(place), made=made)
+        return made
+
+    # One process builds while others that want the same wait for it.
+    with (cache / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        objects = list(pool.map(compile_one, sources))
+        library = cache / f"emulator-{_digest(*(p.name.encode() for p in objects))}.so"
+        if not library.exists():
+            _run(*flags, "-shared", *map(str, objects), made=library)
+    return library
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _edited(path: Path, text: str, replacement: str) -> str:
+    source = path.read_text()
+    if source.count(text) != 1:
+        raise ValueError(f"{path.name}: {text!r} is there {source.count(text)} times, expected once")
+    return source.replace(text, replacement)
+
+
+def _run(*command: str, made: Path) -> None:
+    draft = made.with_suffix(f".draft{made.suffix}")  # a build that is killed leaves no half of a file under its name
+    # A sanitizer that this process runs under is none of the compiler's business.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run([*command, "-o", str(draft)], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    draft.rename(made)

@@ -1,0 +1,65 @@
+// The twins of what csrc/cuda/blocks/{copy,mma}.h say in PTX, written from the PTX manual's tables of fragments.
+#pragma once
+
+#include <cmath>
+
+#include "emulator.h"
+
+namespace emulator {
+
+// The copies of all closed groups but the last `pending` land only now: a thread that does not wait reads what was there before.
+inline void finish_copies(int pending) {
+  auto& groups = self().copies;
+  while (int(groups.size()) - 1 > pending) {
+    for (const AsyncCopy& copy : groups.front()) {
+      if (copy.exists) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row, Site site) {
+  struct Row {
+    uintptr_t address;
+    unsigned char bytes[16];
+  } mine;
+  mine.address = uintptr_t(row);
+  if (mine.address % 16 != 0) fail("ldmatrix: a row that is not aligned to 16 bytes");
+  std::memcpy(mine.bytes, row, 16);
+  const Warp<Row> rows = exchange(mine, site);
+  const int lane = int(self().thread.x % kWarp);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    unsigned banks = 0;
+    for (int i = 0; i < 8; ++i) banks |= 1u << rows.lane[8 * matrix + i].address / 16 % 8;
+    if (banks != 0xFF) fail("ldmatrix: two rows of a matrix in the same banks");
+    std::memcpy(&r[matrix], rows.lane[8 * matrix + lane / 4].bytes + lane % 4 * 4, 4);
+  }
+}
+
+// `value` is what 16 bits stand for.
+template <class Value>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value, Site site) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  const Warp<Fragments> all = exchange(mine, site);
+  const auto half = [&](uint32_t pair, int k) { return value(uint16_t(k % 2 ? pair >> 16 : pair)); };
+  const int lane = int(self().thread.x % kWarp);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k % 8 / 2;
+      const float x = half(all.lane[row % 8 * 4 + pair].a[row / 8 + k / 8 * 2], k),
+                  y = half(all.lane[column * 4 + pair].b[k / 8], k);
+      c[i] = std::fma(x, y, c[i]);
+    }
+  }
+}
+
+}  // namespace emulator

@@ -1,0 +1,216 @@
+"""Every CUDA kernel, without a GPU: its source compiled for the CPU, with a fiber for each thread.
+
+tests/cuda_emulator gives CUDA its meaning; see docs/cuda.md. Needs the sources and a host compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastconv.testing import emulator, fill, harness
+from fastconv.testing.problems import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = re.findall(r"^FC_KERNEL\((\w+), (\w+), (\w+), SM80\)", (ROOT / "csrc/kernels.def").read_text(), re.MULTILINE)
+KERNELS = [".".join((*row, "sm80")) for row in ROWS]
+F32 = [name for name in KERNELS if ".f32." in name]
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="needs a host compiler")
+
+
+@pytest.fixture(scope="session")
+def cache(request: pytest.FixtureRequest) -> Path:
+    assert request.config.cache is not None
+    return Path(request.config.cache.mkdir("cuda_emulator"))
+
+
+# Under AddressSanitizer, as .ci/run starts Python, the kernels are compiled with it and with UndefinedBehaviorSanitizer.
+SANITIZE = "libasan" in os.environ.get("LD_PRELOAD", "")
+# How many problems are skipped for one that is run: it then takes five times as long.
+SPARSE = 3 if SANITIZE else 1
+
+
+@pytest.fixture(scope="session")
+def library(cache: Path) -> Path:
+    return emulator.build(ROOT, cache, sanitize=SANITIZE)
+
+
+@pytest.fixture
+def emulated(library: Path) -> Iterator[emulator.Emulator]:
+    module = emulator.Emulator(library)
+    with harness.using(module):
+        yield module
+
+
+def test_every_row_is_emulated(emulated: emulator.Emulator) -> None:
+    assert emulated.names == KERNELS
+
+
+# Memory that starts at a page serves the kernels that move 16 bytes at a time, memory one element off those that cannot; both end
+# where a stray access is seen.
+@pytest.mark.parametrize("place", ["low", "heap"])
+@pytest.mark.parametrize("name", F32)
+def test_normal_data_within_the_rounding_of_its_sums(
+    emulated: emulator.Emulator, name: str, place: harness.Place
+) -> None:
+    cases = harness.accepted(name)[place == "heap" :: 9 * SPARSE]
+    assert len(cases) >= 3
+    harness.check_all(name, cases, place=place)
+
+
+@pytest.mark.parametrize("name", sorted(set(KERNELS) - set(F32)))
+def test_halves(emulated: emulator.Emulator, name: str) -> None:
+    harness.check_all(name, harness.accepted(name)[:: 37 * SPARSE], place="low")
+
+
+# Whole chunks of channels that come by asynchronous copies, with tails in every direction; the last two gather one operand each.
+@pytest.mark.parametrize("name", [name for name in KERNELS if "implicit_gemm" in name])
+def test_tensor_core_tiles(emulated: emulator.Emulator, name: str) -> None:
+    cases = (
+        "n1c40h7w9k33r3s3u1p1d1g1-nhwc",
+        "n3c104h7w7k72r1s1u1p0d1g1-nhwc",
+        "n2c16h9w8k48r3s5u2p2x1x0x3d2x1g2-nhwc",
+        "n1c24h12w13k8r7s7u2p3d1g1-slice",
+        "n1c40h7w9k16r3s3u1p1d1g1-nhwc_kcrs",
+        "n1c41h7w9k16r3s3u1p1d1g1-nhwc",
+    )
+    for seed, case in enumerate(cases[::SPARSE]):
+        emulated.seed = seed
+        harness.check(name, parse(case), place="low")
+        harness.check(name, parse(case), fill.integers, place="low")
+
+
+@pytest.mark.parametrize("name", F32)
+def test_integers_are_exact(emulated: emulator.Emulator, name: str) -> None:
+    if "avg" in name:
+        pytest.skip("its quotients are no integers")
+    cases = [
+        c
+        for c in harness.accepted(name)[2 :: 31 * SPARSE]
+        if getattr(c, "activation", "none") in ("none", "relu", "relu6")
+    ]
+    harness.check_all(name, cases, fill.integers, exact=True)
+
+
+@pytest.mark.parametrize("name", [name for name in F32 if "pool2d" in name])
+def test_pooling_of_nan_and_infinity(emulated: emulator.Emulator, name: str) -> None:
+    harness.check_all(name, harness.accepted(name)[3 :: 23 * SPARSE], fill.with_specials)
+
+
+@pytest.mark.parametrize("name", F32)
+def test_bits_depend_on_no_schedule(emulated: emulator.Emulator, name: str) -> None:
+    op = name.split(".")[0]
+    case = max(harness.accepted(name)[::40], key=lambda c: str(c).count("nhwc"))
+    inputs, _ = harness.problem_data(op, case)
+    seen = set()
+    for emulated.seed in range(3):
+        result = harness.run(op, case, "f32", inputs, force=name)
+        seen.add(tuple(np.ascontiguousarray(out).tobytes() for out in result.outputs.values()))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in F32 if "wgrad" not in name])
+def test_bits_of_a_sample_do_not_depend_on_its_company(emulated: emulator.Emulator, name: str) -> None:
+    op = name.split(".")[0]
+    case = next(c for c in harness.accepted(name) if c.N == 2 and c.layout == "nhwc")
+    inputs, _ = harness.problem_data(op, case)
+    together = harness.run(op, case, "f32", inputs, force=name).outputs
+    single = {role: value if role in ("w", "bias") else value[1:] for role, value in inputs.items()}
+    alone = harness.run(op, replace(case, N=1), "f32", single, force=name).outputs
+    for role, value in alone.items():
+        np.testing.assert_array_equal(value[0], together[role][1])
+
+
+# ---- The emulator notices -----------------------------------------------------------------------------------------------------
+
+MUTANTS = {
+    "no barrier before a slice is read": (
+        "csrc/cuda/blocks/simt_gemm.h",
+        "    __syncthreads();\n    FC_UNROLL",
+        "    FC_UNROLL",
+        "conv2d_fwd.direct.f32 n1c40h5w7k70r3s3u1p1d1g1-nhwc",
+    ),
+    "no barrier before a slice is overwritten": (
+        "csrc/cuda/blocks/simt_gemm.h",
+        "    __syncthreads();  // the next slice",
+        "    // the next slice",
+        "conv2d_fwd.direct.f32 n1c40h5w7k70r3s3u1p1d1g1-nhwc",
+    ),
+    "a barrier that a part of the block skips": (
+        "csrc/cuda/kernels/conv2d_wgrad_depthwise.cu",
+        "    __syncthreads();\n    // One thread",
+        "    if (threadIdx.x < 64) __syncthreads();\n    // One thread",
+        "conv2d_wgrad.depthwise.f32 n2c18h9w11k18r3s3u2p1d1g18-nhwc",
+    ),
+    "no barrier before sums are overwritten": (
+        "csrc/cuda/kernels/conv2d_wgrad_depthwise.cu",
+        "    __syncthreads();  // the next taps",
+        "    // the next taps",
+        "conv2d_wgrad.depthwise.f32 n1c18h9w40k18r5s5u1p2d1g18-nhwc",
+    ),
+    "a thread too many": (
+        "csrc/cuda/kernels/max_pool2d_fwd_direct.cu",
+        "if (number >= count) return;",
+        "if (number > count) return;",
+        "max_pool2d_fwd.direct.f32 n2c5h8w9r3s3u2p1d1-nchw",
+    ),
+    "a column of padding too few": (
+        "csrc/cuda/kernels/conv2d_fwd_depthwise.cu",
+        "column >= a.W) continue",
+        "column > a.W) continue",
+        "conv2d_fwd.depthwise.f32 n2c18h9w11k18r3s3u2p1d1g18-nhwc",
+    ),
+    "a filter too many": (
+        "csrc/cuda/kernels/conv2d_fwd_direct.cu",
+        "if (k_in_group >= filters) break;",
+        "if (k_in_group > filters) break;",
+        "conv2d_fwd.direct.f32 n1c5h3w5k65r1s1u1p0d1g1-nhwc",
+    ),
+    "another swizzle for reading than for writing": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "stage.x + swizzled(warp_m + i * 16 + lane % 16, k + lane / 16)",
+        "stage.x + swizzled(warp_m + i * 16 + lane % 16, (k + lane / 16) ^ 1)",
+        "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
+    ),
+    "rows in the same banks": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "(chunk ^ (row / 2 % kChunks)) * kChunk",
+        "chunk * kChunk",
+        "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
+    ),
+    "a wait for one copy too few": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "wait_for_copies<kStages - 2>();",
+        "wait_for_copies<kStages - 1>();",
+        "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
+    ),
+    "no barrier between stages": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "    __syncthreads();  // everybody's part",
+        "    // everybody's part",
+        "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
+    ),
+    "shared memory that was never asked for": (
+        "csrc/cuda/kernels/conv2d_fwd_direct.cu",
+        "SimtTile::kThreads, sizeof(SimtShared), a",
+        "SimtTile::kThreads, 64 << 10 << 10, a",
+        "conv2d_fwd.direct.f32 n1c5h3w5k65r1s1u1p0d1g1-nhwc",
+    ),
+}
+
+
+@pytest.mark.skipif(SANITIZE, reason="a sanitizer ends the process where it finds something")
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_broken_kernel_fails(cache: Path, mutant: str) -> None:
+    path, text, replacement, check = MUTANTS[mutant]
+    name, case = check.split()
+    library = emulator.build(ROOT, cache, edits={path: (text, replacement)}, only=name.rpartition(".")[0])
+    with harness.using(emulator.Emulator(library)), pytest.raises((harness.KernelFault, emulator.EmulatorError)):
+        harness.check(f"{name}.sm80", parse(case), place="low")
