@@ -9,9 +9,10 @@ import pytest
 
 from fastconv.testing import grids, harness
 from fastconv.testing.attention import SDPA_OPS
+from fastconv.testing.norm import NORM_OPS
 from fastconv.testing.problems import AVG_POOL_OPS, CONV_OPS, MAX_POOL_OPS, Case
 
-OPS = CONV_OPS + MAX_POOL_OPS + AVG_POOL_OPS + SDPA_OPS
+OPS = CONV_OPS + MAX_POOL_OPS + AVG_POOL_OPS + SDPA_OPS + NORM_OPS
 DTYPES = ("f32", "f64")
 
 # The share of its op's problems that an algorithm must accept, where it is meant for a part of them only: filters of one

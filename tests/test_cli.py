@@ -280,7 +280,7 @@ def test_fallbacks_are_counted_as_they_happen() -> None:
         (["lenet5", "--image", __file__], "is not an image that pillow can read"),
         (["lenet5", "--weights", "missing.pth"], "no weights file missing.pth"),
         (["lenet5", "--plot", "p.png"], "--plot is the picture of a training run: add --train"),
-        (["resnet18", "--train"], "--train cannot train resnet18; it trains lenet5"),
+        (["resnet18", "--train"], "--train cannot train resnet18; it trains lenet5, transformer"),
         (["lenet5", "--train", "--batch", "2"], "--batch has no meaning with --train"),
     ],
 )
@@ -318,9 +318,9 @@ def test_train_writes_curves_that_agree(
 ) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    from fastconv.commands import train
+    from fastconv.commands import digits, train
 
-    monkeypatch.setitem(train.RECIPES, "lenet5", train.Recipe(epochs=2, min_accuracy=0.5))
+    monkeypatch.setitem(train.RECIPES, "lenet5", digits.Digits(epochs=2, min_accuracy=0.5))
     plot, report = tmp_path / "new" / "curves.png", tmp_path / "found.json"
     assert main(["check", "lenet5", "--train", "--plot", str(plot), "--json", str(report)]) == 0
     out = capsys.readouterr().out
@@ -350,15 +350,15 @@ def test_train_fails(
 ) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    from fastconv.commands import train
+    from fastconv.commands import digits, train
 
-    monkeypatch.setitem(train.RECIPES, "lenet5", train.Recipe(epochs=1, batch=256, **recipe))
+    monkeypatch.setitem(train.RECIPES, "lenet5", digits.Digits(epochs=1, batch=256, **recipe))
     assert main(["check", "lenet5", "--train", "--plot", str(tmp_path / "curves.png")]) == 1
     assert message in capsys.readouterr().out
 
 
 def test_images_are_moved_whole() -> None:
-    from fastconv.commands.train import _shift
+    from fastconv.commands.digits import _shift
 
     x = torch.randn(3, 1, 6, 5)
     moved = _shift(x, 2, torch.Generator().manual_seed(0))

@@ -14,6 +14,7 @@ class AnyPlan {
   explicit AnyPlan(Plan<Conv2dProblem> plan) : plan_(std::move(plan)) {}
   explicit AnyPlan(Plan<Pool2dProblem> plan) : plan_(std::move(plan)) {}
   explicit AnyPlan(Plan<SdpaProblem> plan) : plan_(std::move(plan)) {}
+  explicit AnyPlan(Plan<NormProblem> plan) : plan_(std::move(plan)) {}
 
   const std::string& kernel() const {
     return std::visit([](const auto& plan) -> const std::string& { return plan.row->name; }, plan_);
@@ -33,6 +34,7 @@ class AnyPlan {
   void run(const Conv2dArgs& args, void* workspace) const { run(std::get<Plan<Conv2dProblem>>(plan_), args, workspace); }
   void run(const Pool2dArgs& args, void* workspace) const { run(std::get<Plan<Pool2dProblem>>(plan_), args, workspace); }
   void run(const SdpaArgs& args, void* workspace) const { run(std::get<Plan<SdpaProblem>>(plan_), args, workspace); }
+  void run(const NormArgs& args, void* workspace) const { run(std::get<Plan<NormProblem>>(plan_), args, workspace); }
 
  private:
   template <class Problem>
@@ -40,7 +42,7 @@ class AnyPlan {
     plan.kernel->run(plan.problem, args, {&plan.machine, workspace});
   }
 
-  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>> plan_;
+  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>, Plan<NormProblem>> plan_;
 };
 
 }  // namespace fastconv

@@ -14,6 +14,8 @@ from fastconv import _native, reference
 from fastconv.testing import fill, grids, tolerance
 from fastconv.testing.attention import SdpaCase, native_sdpa, sdpa_inputs, sdpa_truth
 from fastconv.testing.buffers import CANARY, Block, Operand, Place, strides_of
+from fastconv.testing.norm import OPERANDS as NORM_OPERANDS
+from fastconv.testing.norm import NormCase, native_norm, norm_inputs, norm_truth
 from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
 
 Array = NDArray[np.float64]
@@ -49,6 +51,8 @@ def native_problem(case: Case, dtype: str) -> Any:
     """The case as the compiled module's problem, with the strides of its layout."""
     if isinstance(case, SdpaCase):
         return native_sdpa(native(), case, dtype)
+    if isinstance(case, NormCase):
+        return native_norm(native(), case, dtype)
     formats = LAYOUTS[case.layout]
     x = _strides(case.x_shape, formats[0])
     y = _strides(case.y_shape, formats[2])
@@ -88,6 +92,8 @@ def make_inputs(op: str, case: Case, values: fill.Fill = fill.normal) -> Arrays:
     """Logical arrays of what the op reads, the same for every dtype. Elements that a layout repeats are repeated."""
     if isinstance(case, SdpaCase):
         return sdpa_inputs(op, case, values)
+    if isinstance(case, NormCase):
+        return norm_inputs(op, case, values)
     formats = LAYOUTS[case.layout]
     shapes = {"x": (case.x_shape, formats[0]), "y": (case.y_shape, formats[2])}
     if isinstance(case, ConvCase):
@@ -189,6 +195,8 @@ def problem_data(op: str, case: Case, values: fill.Fill = fill.normal) -> tuple[
     inputs = make_inputs(op, case, values)
     if isinstance(case, SdpaCase):
         return inputs, Truth(*sdpa_truth(op, case, inputs))
+    if isinstance(case, NormCase):
+        return inputs, Truth(*norm_truth(op, case, inputs))
     with np.errstate(invalid="ignore"):
         truth = _conv_truth(op, case, inputs) if isinstance(case, ConvCase) else _pool_truth(op, case, inputs)
     return inputs, truth
@@ -231,6 +239,8 @@ def run(
     elif isinstance(case, SdpaCase):
         every = ("q", "k", "v", "mask", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "dmask")
         plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
+    elif isinstance(case, NormCase):
+        plan.run_norm([address.get(name, 0) for name in NORM_OPERANDS], scratch_address)
     else:
         plan.run_pool2d(*(address.get(name, 0) for name in ("x", "y", "indices")), scratch_address)
     memories: dict[str, Operand | Block] = {**operands, "workspace": workspace}
@@ -254,6 +264,9 @@ def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> 
     if isinstance(case, SdpaCase):
         kinds = dict.fromkeys(case.operands(op), kind) | ({"mask": np.dtype(np.bool_)} if case.boolean else {})
         return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, inputs.get(n)) for n in kinds}
+    if isinstance(case, NormCase):
+        names = case.operands(op)
+        return {n: Operand.make(case.shape(n), kind, "nchw", place, inputs.get(n)) for n in names}
     x_format, w_format, y_format = LAYOUTS[case.layout]
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any], str]] = {
         "x": (case.x_shape, kind, x_format),
@@ -268,9 +281,9 @@ def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> 
     else:
         shapes["indices"] = (case.y_shape, np.dtype(np.int64), y_format)
     reads, writes = (CONV_ROLES | POOL_ROLES)[op]
-    names = [*reads, *writes, *(name for name in ("bias", "residual") if getattr(case, name, False))]
+    roles = [*reads, *writes, *(name for name in ("bias", "residual") if getattr(case, name, False))]
     made = {}
-    for name in names:
+    for name in roles:
         shape, dtype_of, layout = shapes[name]
         made[name] = Operand.make(shape, dtype_of, layout, place, inputs.get(name))
     return made
