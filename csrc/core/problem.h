@@ -134,9 +134,9 @@ struct SdpaProblem {
   SdpaStride dout, dq, dk, dv;
 };
 
-// What is absent is null. Forward reads x, residual, gamma, beta and writes y, mean, rstd, and sum where there is a residual;
-// backward reads x, mean, rstd, gamma, dy, dsum and writes those of dx, dgamma, dbeta that are there. mean and rstd have N
-// numbers.
+// What is absent is null. Forward reads x, residual, gamma, beta and writes y, sum where there is a residual, and mean and rstd
+// (N numbers each) where a backward pass will want them; backward reads x, mean, rstd, gamma, dy, dsum and writes those of dx,
+// dgamma, dbeta that are there.
 struct NormArgs {
   void *x, *residual, *gamma, *beta, *sum, *y, *mean, *rstd;
   void *dy, *dsum, *dx, *dgamma, *dbeta;

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from ._arguments import describe, ints, tensor
 from ._routes import for_torch, overridden
-from .ops.layer_norm import layer_norm as rows_norm
+from .ops import layer_norm as ops
+from .ops._dispatch import DTYPES, KERNEL, usual
+from .ops.pool2d import chosen
 
 _OP = "layer_norm"
+_dynamo = torch.compiler.is_dynamo_compiling
 
 
 @overload
@@ -60,6 +64,10 @@ def layer_norm(
 
     Raises RuntimeError where shapes, dtypes or devices do not fit, TypeError where an argument is of the wrong kind.
     """
+    if type(normalized_shape) is tuple and type(eps) is float and not _dynamo():
+        quick = _usual(input, normalized_shape, weight, bias, residual, eps)
+        if quick is not None:
+            return quick
     given = tuple(t for t in (input, weight, bias, residual) if t is not None)
     if has_torch_function_variadic(*given):
         return overridden(layer_norm, _theirs, given, input, normalized_shape, weight, bias, eps, residual=residual)  # type: ignore[no-any-return]
@@ -77,14 +85,53 @@ def layer_norm(
     if for_torch(_OP, tensors, False):
         return _theirs(input, shape, weight, bias, eps, residual=residual)  # type: ignore[no-any-return]
     _check_dtypes(input, weight, bias, residual)
+    return _apply(input, shape, weight, bias, float(eps), residual)
+
+
+def _usual(
+    input: Any, shape: tuple[int, ...], weight: Any, bias: Any, residual: Any, eps: float
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The result of a valid call on plain tensors in a plain moment, None where `layer_norm` has to look closely.
+
+    The checks and the operators that the other way takes are five times the work of a small layer (60 of 85 us there).
+    """
+    how = usual(input, input if weight is None else weight, bias)
+    if residual is not None and how is not None:
+        beside = usual(input, residual, None)
+        how = how if beside is KERNEL else beside
+    if how is None or input.shape[-len(shape) :] != shape or not shape:
+        return None
+    dtype, affine = input.dtype, (weight, bias)
+    if dtype not in DTYPES or any(t is not None and (t.shape != shape or t.dtype is not dtype) for t in affine):
+        return None
+    if residual is not None and (residual.shape != input.shape or residual.dtype is not dtype):
+        return None
+    if how is not KERNEL:
+        return _apply(input, shape, weight, bias, eps, residual)
+    found = ops.recipe(input.shape, len(shape), dtype, eps, *chosen("layer_norm_fwd"))
+    if found is None:
+        return None
+    y, total = ops.follow(found, input, residual, weight, bias)
+    return y if total is None else (y, total)
+
+
+def _apply(
+    input: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """On checked arguments, with derivatives."""
     C = math.prod(shape)
     matrix = (math.prod(input.shape[: input.dim() - len(shape)]), C)
-    y, total, *_ = rows_norm(
+    y, total, *_ = ops.layer_norm(
         input.reshape(matrix),
         None if residual is None else residual.reshape(matrix),
         None if weight is None else weight.reshape(C),
         None if bias is None else bias.reshape(C),
-        float(eps),
+        eps,
     )
     if residual is None:
         return y.view(input.shape)

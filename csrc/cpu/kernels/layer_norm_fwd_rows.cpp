@@ -68,8 +68,10 @@ void normalise(const NormProblem& a, const NormArgs& args, int64_t row) {
   const T rest = distance / T(a.C);
   const double variance = double(squares) / double(a.C) - double(rest) * double(rest);
   const T rstd = T(1.0 / __builtin_sqrt((variance < 0 ? 0 : variance) + a.eps));
-  static_cast<T*>(args.mean)[row] = mean + rest;
-  static_cast<T*>(args.rstd)[row] = rstd;
+  if (args.mean) {
+    static_cast<T*>(args.mean)[row] = mean + rest;
+    static_cast<T*>(args.rstd)[row] = rstd;
+  }
 
   int64_t c = 0;
   for (; c + kL <= a.C; c += kL) {

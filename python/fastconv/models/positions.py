@@ -13,10 +13,11 @@ from torch import Tensor, nn
 KINDS = ("sinusoidal", "learned", "relative")
 
 
-def sinusoids(length: int, width: int) -> Tensor:
+def sinusoids(length: int, width: int, device: torch.device | None = None) -> Tensor:
     """(length, width): sin(pos / 10000^(2i/width)) in column 2i and the cosine of the same in column 2i + 1."""
-    angle = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
-    return torch.stack((angle.sin(), angle.cos()), 2).flatten(1)[:, :width]
+    even = torch.arange(0, width, 2, device=device, dtype=torch.float64)
+    angle = torch.arange(length, device=device)[:, None] / 10000 ** (even / width)
+    return torch.stack((angle.sin(), angle.cos()), 2).flatten(1)[:, :width].float()
 
 
 class Sinusoidal(nn.Module):
@@ -24,15 +25,15 @@ class Sinusoidal(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("table", sinusoids(64, width), persistent=False)
-
-    table: Tensor
+        self.width = width
+        # Made when it is needed: it is no state, and a model that is built on meta has to find it on its own device.
+        self._table = torch.empty(0, width)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         end = start + x.shape[1]
-        if end > len(self.table):
-            self.table = sinusoids(2 * end, x.shape[2]).to(self.table)
-        return x + self.table[start:end]
+        if end > len(self._table) or self._table.dtype != x.dtype or self._table.device != x.device:
+            self._table = sinusoids(2 * end, self.width, x.device).to(x.dtype)
+        return x + self._table[start:end]
 
 
 class Learned(nn.Module):

@@ -9,7 +9,8 @@ First derivatives run on kernels. Second ones and forward mode are composed of t
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import math
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch.autograd import Function
 
 from .. import plan
 from ._conv2d_kernels import TAGS, library
-from ._dispatch import DTYPES, check_operands, check_shape
+from ._dispatch import DTYPES, check_operands, check_shape, empty_strided
 from .autograd import call, derive, run
+from .linear import contiguous_strides
 
 Context: TypeAlias = Any
 MaybeTensor: TypeAlias = Tensor | None
@@ -89,6 +91,38 @@ def _bwd(
         x.data_ptr(), 0, _address(weight), 0, 0, 0, mean.data_ptr(), rstd.data_ptr(), dy.data_ptr(), _address(dsum), *wanted
     )  # fmt: skip
     return dx, dweight, dbias
+
+
+class Recipe(NamedTuple):
+    """What a call without derivatives does, worked out once for its shape and options."""
+
+    plan: plan.Plan
+    y_shape: plan.Shape
+    y_strides: plan.Shape
+
+
+@plan.cached
+def recipe(
+    shape: plan.Shape, dims: int, dtype: torch.dtype, eps: float, threads: int, force: str, strict: bool
+) -> Recipe | None:
+    """For an input of this shape that is normalised over its last ``dims`` dimensions; None where there is nothing to compute."""
+    cut = len(shape) - dims
+    made = _plan("layer_norm_fwd", (math.prod(shape[:cut]), math.prod(shape[cut:])), dtype, eps, threads, force, strict)
+    return None if made is None else Recipe(made, tuple(shape), contiguous_strides(shape))
+
+
+def follow(
+    found: Recipe, x: Tensor, residual: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor
+) -> tuple[Tensor, MaybeTensor]:
+    """y, and the sum where there is a residual."""
+    made, shape, strides = found
+    x = x.contiguous()
+    residual, weight, bias = _contiguous(residual, weight, bias)
+    y: Tensor = empty_strided(shape, strides, x.dtype)
+    total = None if residual is None else empty_strided(shape, strides, x.dtype)
+    inputs = x.data_ptr(), _address(residual), _address(weight), _address(bias)
+    made.execute(*inputs, _address(total), y.data_ptr(), 0, 0, 0, 0, 0, 0, 0)
+    return y, total
 
 
 # ---- Registration ---------------------------------------------------------------------------------------------------------
