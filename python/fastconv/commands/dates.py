@@ -162,16 +162,23 @@ class Dates:
     """Dates of four centuries, written in six styles, to ISO 8601; Adam with a warm-up and a cosine schedule.
 
     A date counts as right when all ten signs are, decoded greedily with the cache of keys and values.
+
+    Training multiplies what rounding differs by: with another of its own attentions, torch differs from itself by 1.1e-6 after
+    100 steps, 6.6e-6 after 150, 2e-4 after 200 and 0.1 after 350 (fastconv from torch: 6.0e-7, 3.1e-6, 1.4e-4, 0.07). So the
+    losses are compared while that means something, and the dates that were kept back decide about the rest. For the same reason
+    GELU is in the place of ReLU, whose kink one rounding in ten steps crosses, and epsilon is above the 1e-9 that rounding makes
+    of gradients that are 0, as those of the keys' biases.
     """
 
-    steps: int = 700
-    batch: int = 64
-    learning_rate: float = 2e-3
+    steps: int = 600
+    batch: int = 32
+    learning_rate: float = 3e-3
     warmup: int = 60
-    epsilon: float = 1e-8
+    epsilon: float = 1e-5
     seed: int = 0
     tests: int = 500
-    loss_tolerance: float = 1e-3
+    compared: int = 120
+    loss_tolerance: float = 2e-5
     min_accuracy: float = 0.98
 
     title: ClassVar[str] = "written dates"
@@ -181,10 +188,11 @@ class Dates:
         "source_size": 3 + len(_SOURCE),
         "target_size": 3 + len(_TARGET),
         "d_model": 64,
-        "num_heads": 4,
+        "num_heads": 2,
         "num_layers": 2,
         "d_ff": 128,
         "dropout": 0.0,
+        "activation": "gelu",
         "padding": PADDING,
     }
 

@@ -47,6 +47,10 @@ class Digits:
     def steps(self) -> int:
         return self.epochs * self._steps_per_epoch
 
+    @property
+    def compared(self) -> int:
+        return self.steps
+
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         x, labels = self._data[0]
         generator = torch.Generator().manual_seed(self.seed)

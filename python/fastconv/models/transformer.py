@@ -16,27 +16,30 @@ from fastconv.models.layers import Layers
 
 
 class FeedForward(nn.Module):
-    """Two dense layers with ReLU between, position by position: (B, L, d_model) to the same."""
+    """Two dense layers with ReLU or GELU between, position by position: (B, L, d_model) to the same."""
 
-    def __init__(self, layers: Layers, d_model: int, d_ff: int, dropout: float) -> None:
+    def __init__(self, layers: Layers, d_model: int, d_ff: int, dropout: float, activation: str) -> None:
         super().__init__()
+        self.activation = getattr(nn.functional, activation)
         self.linear1 = layers.Linear(d_model, d_ff)
         self.linear2 = layers.Linear(d_ff, d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear2(self.dropout(torch.relu(self.linear1(x))))
+        y: Tensor = self.linear2(self.dropout(self.activation(self.linear1(x))))
         return y
 
 
 class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward network, each added to its input and normalised after that: (B, S, d_model)."""
 
-    def __init__(self, layers: Layers, d_model: int, num_heads: int, d_ff: int, dropout: float) -> None:
+    def __init__(
+        self, layers: Layers, d_model: int, num_heads: int, d_ff: int, dropout: float, activation: str
+    ) -> None:
         super().__init__()
         self.self_attention = Attention(layers, d_model, num_heads, dropout)
         self.norm1 = layers.LayerNorm(d_model)
-        self.feed_forward = FeedForward(layers, d_model, d_ff, dropout)
+        self.feed_forward = FeedForward(layers, d_model, d_ff, dropout, activation)
         self.norm2 = layers.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -50,13 +53,15 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Causal self-attention, attention to the encoder's output, and a feed-forward network: (B, T, d_model)."""
 
-    def __init__(self, layers: Layers, d_model: int, num_heads: int, d_ff: int, dropout: float) -> None:
+    def __init__(
+        self, layers: Layers, d_model: int, num_heads: int, d_ff: int, dropout: float, activation: str
+    ) -> None:
         super().__init__()
         self.self_attention = Attention(layers, d_model, num_heads, dropout)
         self.norm1 = layers.LayerNorm(d_model)
         self.cross_attention = Attention(layers, d_model, num_heads, dropout)
         self.norm2 = layers.LayerNorm(d_model)
-        self.feed_forward = FeedForward(layers, d_model, d_ff, dropout)
+        self.feed_forward = FeedForward(layers, d_model, d_ff, dropout, activation)
         self.norm3 = layers.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -109,6 +114,7 @@ class Transformer(nn.Module):
         layers: namespace the layers come from, see :class:`fastconv.models.layers.Layers`.
         source_size, target_size: numbers of tokens in the two vocabularies.
         d_model, num_heads, num_layers, d_ff: the paper's names and, by default, its base model.
+        activation: "relu", the paper's, or "gelu".
         positions: "sinusoidal", "learned" (up to max_length positions), or "relative" (biases of distances up to max_distance).
         padding: the source's token that fills rows up; nothing attends to it.
     """
@@ -124,6 +130,7 @@ class Transformer(nn.Module):
         num_layers: int = 6,
         d_ff: int = 2048,
         dropout: float = 0.1,
+        activation: str = "relu",
         positions: str = "sinusoidal",
         max_length: int = 512,
         max_distance: int = 32,
@@ -132,6 +139,8 @@ class Transformer(nn.Module):
         super().__init__()
         if positions not in encodings.KINDS:
             raise ValueError(f"positions: got {positions!r}, expected one of {', '.join(encodings.KINDS)}")
+        if activation not in ("relu", "gelu"):
+            raise ValueError(f"activation: got {activation!r}, expected relu or gelu")
         self.d_model, self.padding = d_model, padding
         self.source_embedding = nn.Embedding(source_size, d_model)
         self.target_embedding = nn.Embedding(target_size, d_model)
@@ -143,7 +152,7 @@ class Transformer(nn.Module):
             self.positions = nn.ModuleDict({side: encodings.RelativeBias(num_heads, max_distance) for side in sides})
         else:
             self.positions = nn.ModuleDict({side: encodings.Sinusoidal(d_model) for side in sides})
-        sizes = d_model, num_heads, d_ff, dropout
+        sizes = d_model, num_heads, d_ff, dropout, activation
         self.encoder = nn.ModuleList(EncoderLayer(layers, *sizes) for _ in range(num_layers))
         self.decoder = nn.ModuleList(DecoderLayer(layers, *sizes) for _ in range(num_layers))
         self.generator = layers.Linear(d_model, target_size)
