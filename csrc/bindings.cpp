@@ -61,9 +61,11 @@ void run(const AnyPlan& plan, const Args& args, std::optional<uintptr_t> workspa
   plan.run(args, workspace ? address<void>(*workspace) : scratch.data());
 }
 
-void run_conv2d(const AnyPlan& plan, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t residual, uintptr_t y,
+void run_conv2d(const AnyPlan& plan, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t residual, uintptr_t y, uintptr_t packed,
                 std::optional<uintptr_t> workspace) {
-  run(plan, Conv2dArgs{address<void>(x), address<void>(w), address<void>(bias), address<void>(residual), address<void>(y)},
+  run(plan,
+      Conv2dArgs{address<void>(x), address<void>(w), address<void>(bias), address<void>(residual), address<void>(y),
+                 address<void>(packed)},
       workspace);
 }
 
@@ -142,7 +144,7 @@ void bind_problems(py::module_& m) {
   py::class_<Conv2dProblem>(m, "Conv2dProblem")
       .def(py::init([](const std::string& dtype, int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t R, int64_t S,
                        int64_t P, int64_t Q, int64_t groups, Pair stride, Pair pad, Pair dilation, Quad x, Quint w, Quad y,
-                       bool bias, bool residual, const std::string& activation) {
+                       bool bias, bool residual, const std::string& activation, bool frozen) {
              return Conv2dProblem{.dtype = parse_dtype(dtype),
                                   .N = N,
                                   .C = C,
@@ -163,10 +165,12 @@ void bind_problems(py::module_& m) {
                                   .x = stride4(x),
                                   .w = {w[0], w[1], w[2], w[3], w[4]},
                                   .y = stride4(y),
-                                  .epilogue = {bias, residual, parse_activation(activation)}};
+                                  .epilogue = {bias, residual, parse_activation(activation)},
+                                  .frozen = frozen};
            }),
            py::kw_only(), "dtype"_a, "N"_a, "C"_a, "H"_a, "W"_a, "K"_a, "R"_a, "S"_a, "P"_a, "Q"_a, "groups"_a, "stride"_a,
-           "pad"_a, "dilation"_a, "x"_a, "w"_a, "y"_a, "bias"_a = false, "residual"_a = false, "activation"_a = "none");
+           "pad"_a, "dilation"_a, "x"_a, "w"_a, "y"_a, "bias"_a = false, "residual"_a = false, "activation"_a = "none",
+           "frozen"_a = false);
   py::class_<Pool2dProblem>(m, "Pool2dProblem")
       .def(py::init([](const std::string& dtype, int64_t N, int64_t C, int64_t H, int64_t W, int64_t P, int64_t Q, int64_t R,
                        int64_t S, Pair stride, Quad pad, Pair dilation, Quad x, Quad y, int64_t divisor_override,
@@ -265,7 +269,12 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("kernel", &AnyPlan::kernel)
       .def_property_readonly("workspace", &AnyPlan::workspace)
       .def_property_readonly("threads", &AnyPlan::threads)
-      .def("run_conv2d", &run_conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "y"_a, "workspace"_a = py::none())
+      .def("run_conv2d", &run_conv2d, "x"_a, "w"_a, "bias"_a, "residual"_a, "y"_a, "packed"_a = 0, "workspace"_a = py::none())
+      .def_property_readonly("packed",
+                             [](const AnyPlan& plan) { return std::pair(plan.packed().bytes, plan.packed().arrangement); })
+      .def(
+          "pack", [](const AnyPlan& plan, uintptr_t w, uintptr_t packed) { plan.pack(address<void>(w), address<void>(packed)); },
+          py::call_guard<py::gil_scoped_release>(), "w"_a, "packed"_a)
       .def("run_pool2d", &run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a = py::none())
       .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none())
       .def("run_norm", &run_norm, "addresses"_a, "workspace"_a = py::none());

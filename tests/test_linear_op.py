@@ -161,3 +161,20 @@ def test_compiled_without_a_break(dynamic: bool) -> None:
         assert_close(got, want)
         dy = torch.randn_like(want)
         assert_close(torch.autograd.grad(got, inputs, dy), torch.autograd.grad(want, inputs, dy))
+
+
+@pytest.mark.parametrize("target", sorted({k.target for k in fastconv.kernels("conv2d_fwd") if k.runnable}))
+def test_bits_of_a_row_in_batches_of_every_size(target: str) -> None:
+    """A few rows read the weight in place, many have it packed: 3000 features are two blocks of the sum, 70 outputs a tail."""
+    with fastconv.use(conv2d_fwd=target):
+        for dtype in (torch.float32, torch.float64):
+            x, w, bias = (
+                torch.randn(20, 3000, dtype=dtype),
+                torch.randn(70, 3000, dtype=dtype),
+                torch.randn(70, dtype=dtype),
+            )
+            many = fastconv.functional.linear(x, w, bias)
+            for count in range(1, 12):
+                assert torch.equal(fastconv.functional.linear(x[-count:], w, bias), many[-count:]), (
+                    f"{count} of 20 rows"
+                )

@@ -12,6 +12,12 @@ struct Context {
   void* workspace;  // Kernel::workspace bytes, 64-byte aligned, not initialised
 };
 
+// Filters in a kernel's own order. Kernels with one name may use several orders; filters of one shape have the same bytes in each
+// `arrangement`, whatever the images.
+struct PackedFilters {
+  int64_t bytes, arrangement;
+};
+
 template <class Problem>
 struct Kernel {
   // Worst error against float64, in units of what a plain sum in the same precision makes. 1 for everything but Winograd.
@@ -23,6 +29,10 @@ struct Kernel {
   // Bytes of scratch that run() needs, for machine.threads threads.
   int64_t (*workspace)(const Problem&, const Machine&);
   void (*run)(const Problem&, const typename Problem::Args&, const Context&);
+  // Where filters can be kept packed between calls: how, and the packing itself, into 64-byte aligned memory. run() gives the
+  // same bits with them as without.
+  PackedFilters (*packed)(const Problem&) = nullptr;
+  void (*pack)(const Problem&, const void* w, void* packed) = nullptr;
 };
 
 }  // namespace fastconv

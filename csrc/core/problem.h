@@ -28,9 +28,11 @@ struct Epilogue {
   Activation activation;
 };
 
-// The memory of one call. Which tensors are read and which is written depends on the op, see Conv2dProblem.
+// The memory of one call. Which tensors are read and which is written depends on the op, see Conv2dProblem. `packed` may hold
+// the filters in the kernel's own order, see Kernel::pack; w is read where it does not.
 struct Conv2dArgs {
   void *x, *w, *bias, *residual, *y;
+  const void* packed = nullptr;
 };
 
 // One convolution, and its two gradients: the same numbers describe all three.
@@ -55,6 +57,7 @@ struct Conv2dProblem {
   WeightStride w;
   Stride4 y;
   Epilogue epilogue;
+  bool frozen;  // the filters stay what they are, so that bringing them into an order costs nothing that counts
 };
 
 struct Pool2dArgs {

@@ -1,6 +1,7 @@
 // One plan for any kind of problem, so that Python holds a single class, and the scratch memory that plans run in.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <variant>
@@ -28,6 +29,16 @@ class AnyPlan {
 
   double predicted_seconds() const {
     return std::visit([](const auto& plan) { return plan.kernel->cost(plan.problem, plan.machine); }, plan_);
+  }
+
+  // Filters that can be kept packed, 0 bytes where the kernel keeps none, and the packing. See Kernel::pack.
+  PackedFilters packed() const {
+    return std::visit([](const auto& plan) { return plan.kernel->packed ? plan.kernel->packed(plan.problem) : PackedFilters{}; },
+                      plan_);
+  }
+  void pack(const void* w, void* packed) const {
+    if (this->packed().bytes == 0) throw std::invalid_argument(kernel() + " keeps no packed filters");
+    std::visit([&](const auto& plan) { plan.kernel->pack(plan.problem, w, packed); }, plan_);
   }
 
   // Without the GIL. Throws std::bad_variant_access where the plan is for another kind of problem.

@@ -9,6 +9,9 @@ from ._convolution import conv2d as plain_conv2d
 from ._padding import Quad
 from ._routes import plain, plain_pair
 from .ops import conv2d as ops
+from .ops._conv2d_kernels import Geometry, run_frozen
+from .ops._dispatch import KERNEL, way
+from .ops._packed import PackedFilters
 
 Pair = tuple[int, int]
 
@@ -43,6 +46,21 @@ def conv2d(
     if residual is not None:
         y = y + residual
     return y if activation == "none" else ACTIVATIONS[activation](y)
+
+
+def frozen_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: PackedFilters,
+    geometry: Geometry,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """`conv2d` with a weight that does not change, which kernels find in ``kept`` in the order that they want."""
+    if _in_one(input, weight, bias, residual, *geometry) and way(input, weight, bias, residual) is KERNEL:
+        return run_frozen(input, weight, bias, residual, kept, geometry, activation)
+    return conv2d(input, weight, bias, *geometry, residual, activation)
 
 
 def _in_one(

@@ -161,17 +161,19 @@ def conv2d_problem(
     bias: bool = False,
     residual: bool = False,
     activation: str = "none",
+    frozen: bool = False,
 ) -> _C.Conv2dProblem:
     """Operands as (shape, strides): x (N, C, H, W), w (K, C/groups, R, S), y (N, K, P, Q). Padding: top, bottom, left, right.
 
-    The bottom and right padding are what P and Q make of them.
+    The bottom and right padding are what P and Q make of them. `frozen`: w stays what it is, so that costs leave out what a
+    kernel does to it once.
     """
     (N, C, H, W), (K, _, R, S), (_, _, P, Q) = x[0], w[0], y[0]
     k, c, r, s = w[1]
     return _C.Conv2dProblem(
         dtype=dtype, N=N, C=C, H=H, W=W, K=K, R=R, S=S, P=P, Q=Q, groups=groups, stride=stride,
         pad=(padding[0], padding[2]), dilation=dilation, x=x[1], w=(K // groups * k, k, c, r, s), y=y[1],
-        bias=bias, residual=residual, activation=activation,
+        bias=bias, residual=residual, activation=activation, frozen=frozen,
     )  # fmt: skip
 
 

@@ -24,9 +24,10 @@ FC_INLINE vec<T> finish(const TileOutput<T>& out, int m, vec<T> sum, const T* co
   return activate(out.activation, sum);
 }
 
-// Tiles with an edge: the sums go through memory, and from there piece by piece.
+}  // namespace
+
 template <class T>
-__attribute__((noinline)) void store_pieces(const T* sums, int width, int rows, const TileOutput<T>& out) {
+void store_sums(const T* sums, int width, int rows, const TileOutput<T>& out) {
   for (int m = 0; m < rows; ++m) {
     for (int i = 0; i < out.piece_count; ++i) {
       const ColumnPiece& piece = out.pieces[i];
@@ -46,6 +47,8 @@ __attribute__((noinline)) void store_pieces(const T* sums, int width, int rows, 
     }
   }
 }
+
+namespace {
 
 template <class T, int kRows, int kVectors>
 void tile(const TileInput<T>& in, const TileOutput<T>& out) {
@@ -80,6 +83,7 @@ void tile(const TileInput<T>& in, const TileOutput<T>& out) {
     }
   }
 
+  // Tiles with an edge: the sums go through memory, and from there piece by piece.
   const ColumnPiece& piece = out.pieces[0];
   if (out.piece_count != 1 || piece.end != kVectors * kL || piece.step != 1) {
     T edge[kRows * kVectors * kL];
@@ -88,7 +92,7 @@ void tile(const TileInput<T>& in, const TileOutput<T>& out) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) store(edge + (m * kVectors + v) * kL, sum[m][v]);
     }
-    return store_pieces(edge, kVectors * kL, kRows, out);
+    return store_sums(edge, kVectors * kL, kRows, out);
   }
   if (out.accumulate) {
 #pragma GCC unroll 16
@@ -158,6 +162,8 @@ void gemm_tile(int rows, int vectors, const TileInput<T>& in, const TileOutput<T
   kTiles<T>.at[vectors - 1][rows - 1](in, out);
 }
 
+template void store_sums(const float*, int, int, const TileOutput<float>&);
+template void store_sums(const double*, int, int, const TileOutput<double>&);
 template void gemm_tile(int, int, const TileInput<float>&, const TileOutput<float>&);
 template void gemm_tile(int, int, const TileInput<double>&, const TileOutput<double>&);
 

@@ -56,10 +56,16 @@ struct TileOutput {
   const T* y_base;
 };
 
+// The end of a tile whose sums lie in memory: [rows][width].
+template <class T>
+void store_sums(const T* sums, int width, int rows, const TileOutput<T>& out);
+
 // One tile of 1 <= rows <= GemmTile::rows(vectors). Compiled once for each ISA, in gemm_tile.cpp.
 template <class T>
 void gemm_tile(int rows, int vectors, const TileInput<T>& in, const TileOutput<T>& out);
 
+extern template void store_sums(const float*, int, int, const TileOutput<float>&);
+extern template void store_sums(const double*, int, int, const TileOutput<double>&);
 extern template void gemm_tile(int, int, const TileInput<float>&, const TileOutput<float>&);
 extern template void gemm_tile(int, int, const TileInput<double>&, const TileOutput<double>&);
 

@@ -5,6 +5,7 @@
 #include "cpu/blocks/gemm_tile.h"
 #include "cpu/blocks/parallel.h"
 #include "cpu/blocks/split.h"
+#include "cpu/blocks/thin_tile.h"
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
@@ -90,16 +91,16 @@ FC_INLINE Block block_at(const Reduction& reduction, int64_t index) {
 
 template <class T>
 void pack_block(const Conv2dProblem& a, const Reduction& reduction, const Block& block, const T* w, int64_t filters,
-                int64_t width, const Scratch<T>& scratch, T* panel) {
+                int64_t width, int64_t* tap_offset, T* panel) {
   const int64_t per_tap = reduction.whole_rows ? a.S : 1;
   for (int64_t t = 0; t < block.taps * per_tap; ++t) {
     const int64_t position = block.first * per_tap + t;
-    scratch.tap_offset[t] = position / a.S * a.w.r + position % a.S * a.w.s;
+    tap_offset[t] = position / a.S * a.w.r + position % a.S * a.w.s;
   }
   const int64_t channels = block.depth / per_tap;
   pack_filters<T>(
-      {w + (reduction.whole_rows ? 0 : block.begin * a.w.c), a.w.k, a.w.c, scratch.tap_offset, block.taps * per_tap, channels},
-      filters, width, panel);
+      {w + (reduction.whole_rows ? 0 : block.begin * a.w.c), a.w.k, a.w.c, tap_offset, block.taps * per_tap, channels}, filters,
+      width, panel);
 }
 
 // Pointers to what output pixel `pixel` reads, for every tap of the block.
@@ -141,6 +142,19 @@ FC_INLINE void point_row(const Conv2dProblem& a, const Reduction& reduction, con
   }
 }
 
+// Where the packed panel of a block is, when all of them are kept: [group][block][panel].
+FC_INLINE int64_t kept_panel(const Reduction& reduction, const Shares& shares, int64_t g, int64_t block, int64_t panel) {
+  return ((g * reduction.blocks + block) * shares.vectors.parts + panel) * shares.panel_size;
+}
+
+// Packs one panel of one block of group g, from the filters of all groups.
+template <class T>
+void pack_panel(const Conv2dProblem& a, const Reduction& reduction, const Shares& shares, const Block& block, const T* w,
+                int64_t g, int64_t panel, int64_t* tap_offset, T* to) {
+  const int64_t vectors = shares.vectors.size(panel), k0 = shares.vectors.begin(panel) * kLanes<T>;
+  pack_block(a, reduction, block, w + g * a.w.g + k0 * a.w.k, a.K / a.groups - k0, vectors * kLanes<T>, tap_offset, to);
+}
+
 // Panels first_panel .. +panel_count of group g, over pixels first .. last.
 struct Task {
   int64_t g, first_panel, panel_count, first_pixel, last_pixel;
@@ -156,11 +170,13 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
 
   for (int64_t b = 0; b < reduction.blocks; ++b) {
     const Block block = block_at(reduction, b);
-    for (int64_t i = 0; i < task.panel_count; ++i) {
-      const int64_t vectors = shares.vectors.size(task.first_panel + i),
-                    k0 = shares.vectors.begin(task.first_panel + i) * kLanes<T>;
-      pack_block(a, reduction, block, static_cast<const T*>(args.w) + task.g * a.w.g + k0 * a.w.k, filters - k0,
-                 vectors * kLanes<T>, scratch, scratch.panels + i * shares.panel_size);
+    const T* panels = static_cast<const T*>(args.packed) + kept_panel(reduction, shares, task.g, b, task.first_panel);
+    if (!args.packed) {
+      for (int64_t i = 0; i < task.panel_count; ++i) {
+        pack_panel(a, reduction, shares, block, static_cast<const T*>(args.w), task.g, task.first_panel + i, scratch.tap_offset,
+                   scratch.panels + i * shares.panel_size);
+      }
+      panels = scratch.panels;
     }
     int64_t q = task.first_pixel % a.Q, p = task.first_pixel / a.Q % a.P, n = task.first_pixel / a.Q / a.P;
     for (int64_t tile = 0; tile < tiles.parts; ++tile) {
@@ -180,7 +196,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
         const int64_t width = vectors * kLanes<T>;
         for (int m = 0; m < rows; ++m) y_panel[m] = y[m] + k0;
         const ColumnPiece piece = {0, int32_t(filters - k0 < width ? filters - k0 : width), 0, 1};
-        const TileInput<T> in = {scratch.rows, 1, scratch.panels + i * shares.panel_size, width, block.taps, block.depth};
+        const TileInput<T> in = {scratch.rows, 1, panels + i * shares.panel_size, width, block.taps, block.depth};
         const TileOutput<T> out = {y_panel,
                                    &piece,
                                    1,
@@ -193,6 +209,39 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
                                    static_cast<T*>(args.y)};
         gemm_tile(rows, int(vectors), in, out);
       }
+    }
+  }
+}
+
+// A task of few pixels, Linear's rows: each filter is used too rarely to be worth packing. One vector of filters at a time goes
+// through all blocks, so that memory is read in long runs: at 4096 x 4096, 7.6 GB/s where every panel stops at the end of a
+// block.
+FC_INLINE bool is_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task) {
+  return !args.packed && a.R * a.S == 1 && a.w.c == 1 && task.last_pixel - task.first_pixel <= kThinRows;
+}
+
+template <class T>
+void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, const Reduction& reduction, const Shares& shares,
+              const Scratch<T>& scratch) {
+  const int64_t filters = a.K / a.groups, first_k = shares.vectors.begin(task.first_panel) * kLanes<T>,
+                last_k = clamp(shares.vectors.begin(task.first_panel + task.panel_count) * kLanes<T>, 0, filters);
+  const int rows = int(task.last_pixel - task.first_pixel);
+  const T* x = static_cast<const T*>(args.x) + task.g * (a.C / a.groups);
+  for (int64_t k = first_k; k < last_k; k += kLanes<T>) {
+    for (int64_t b = 0; b < reduction.blocks; ++b) {
+      const Block block = block_at(reduction, b);
+      T* y[kThinRows];
+      for (int m = 0; m < rows; ++m) {
+        const int64_t pixel = task.first_pixel + m, q = pixel % a.Q, p = pixel / a.Q % a.P, n = pixel / a.Q / a.P;
+        point_row(a, reduction, block, x, n, p, q, rows, m, scratch);
+        y[m] = static_cast<T*>(args.y) + n * a.y.n + p * a.y.h + q * a.y.w + task.g * filters + k;
+      }
+      const ColumnPiece piece = {0, int32_t(last_k - k < kLanes<T> ? last_k - k : kLanes<T>), 0, 1};
+      const T* w = static_cast<const T*>(args.w) + task.g * a.w.g + k * a.w.k + block.begin;
+      thin_tile<T>(rows, {scratch.rows, w, a.w.k, piece.end, block.depth},
+                   {y, &piece, 1, b > 0, b == reduction.blocks - 1, a.epilogue.activation,
+                    a.epilogue.bias ? static_cast<const T*>(args.bias) + task.g * filters + k : nullptr, nullptr,
+                    a.epilogue.residual ? static_cast<const T*>(args.residual) : nullptr, static_cast<T*>(args.y)});
     }
   }
 }
@@ -230,10 +279,33 @@ void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Contex
       int64_t count = panels - panel < end - i ? panels - panel : end - i;
       if (count > shares.panels_per_block) count = shares.panels_per_block;
       const int64_t first = pixels * split / splits, last = pixels * (split + 1) / splits;
-      if (first < last) run_task(a, args, {g, panel, count, first, last}, reduction, shares, scratch);
+      const Task task = {g, panel, count, first, last};
+      if (first < last) (is_thin(a, args, task) ? run_thin<T> : run_task<T>)(a, args, task, reduction, shares, scratch);
       i += count;
     }
   });
+}
+
+template <class T>
+PackedFilters pixel_rows_packed(const Conv2dProblem& a) {
+  const Reduction reduction(a);
+  const Shares shares = Shares::of<T>(a, reduction, 1);
+  return {kept_panel(reduction, shares, a.groups, 0, 0) * int64_t(sizeof(T)), reduction.whole_rows};
+}
+
+template <class T>
+void pixel_rows_pack(const Conv2dProblem& a, const void* w, void* packed) {
+  const Reduction reduction(a);
+  const Shares shares = Shares::of<T>(a, reduction, 1);
+  int64_t tap_offset[kMaxDepth];
+  for (int64_t g = 0; g < a.groups; ++g) {
+    for (int64_t b = 0; b < reduction.blocks; ++b) {
+      for (int64_t panel = 0; panel < shares.vectors.parts; ++panel) {
+        pack_panel(a, reduction, shares, block_at(reduction, b), static_cast<const T*>(w), g, panel, tap_offset,
+                   static_cast<T*>(packed) + kept_panel(reduction, shares, g, b, panel));
+      }
+    }
+  }
 }
 
 template <class T>
@@ -244,16 +316,19 @@ double pixel_rows_efficiency(const Conv2dProblem& a) {
   const double start = depth / (depth + 12);  // a tile's prologue and stores take about as long as twelve steps
   const double wide = vectors >= 4 ? 1 : vectors >= 2 ? 0.9 : 0.7;  // loads per FMA of the narrow tiles
   const double pixels = double(a.N) * double(a.P) * double(a.Q);
-  // A packed element costs as much as its use by 16 pixels where it is transposed, by 4 where it is copied.
-  const double packing = pixels / (pixels + (a.w.k == 1 ? 4 : 16));
+  // A packed element costs as much as its use by 16 pixels where it is transposed, by 4 where it is copied or only read.
+  const double packing = pixels / (pixels + (a.w.k == 1 || a.frozen ? 4 : 16));
   return 0.92 * lanes * start * wide * packing;
 }
 
-template int64_t pixel_rows_workspace<float>(const Conv2dProblem&, const Machine&);
-template int64_t pixel_rows_workspace<double>(const Conv2dProblem&, const Machine&);
-template void pixel_rows_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
-template void pixel_rows_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
-template double pixel_rows_efficiency<float>(const Conv2dProblem&);
-template double pixel_rows_efficiency<double>(const Conv2dProblem&);
+#define FC_PIXEL_ROWS(T)                                                                    \
+  template int64_t pixel_rows_workspace<T>(const Conv2dProblem&, const Machine&);           \
+  template void pixel_rows_run<T>(const Conv2dProblem&, const Conv2dArgs&, const Context&); \
+  template PackedFilters pixel_rows_packed<T>(const Conv2dProblem&);                        \
+  template void pixel_rows_pack<T>(const Conv2dProblem&, const void*, void*);               \
+  template double pixel_rows_efficiency<T>(const Conv2dProblem&);
+FC_PIXEL_ROWS(float)
+FC_PIXEL_ROWS(double)
+#undef FC_PIXEL_ROWS
 
 }  // namespace fastconv::FASTCONV_TARGET

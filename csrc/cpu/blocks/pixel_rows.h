@@ -19,6 +19,12 @@ int64_t pixel_rows_workspace(const Conv2dProblem& a, const Machine& machine);
 template <class T>
 void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
 
+// Kept filters, see Kernel::pack: the panels of all blocks.
+template <class T>
+PackedFilters pixel_rows_packed(const Conv2dProblem& a);
+template <class T>
+void pixel_rows_pack(const Conv2dProblem& a, const void* w, void* packed);
+
 // The share of FMA peak that a problem of this shape reaches: row and vector tails, and the cost of packing for one sample.
 template <class T>
 double pixel_rows_efficiency(const Conv2dProblem& a);

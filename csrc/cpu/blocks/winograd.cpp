@@ -29,6 +29,8 @@ struct TransformCycles {
   double input, filter, output;
 };
 constexpr TransformCycles kCycles[] = {{9, 16, 7}, {14, 15, 12}, {22, 15, 20}};
+// The same for filters that were transformed before and come from memory.
+constexpr double kKeptCycles = 12;
 
 // The outputs of the batch as tiles.
 template <int kPairs>
@@ -234,6 +236,14 @@ void transform_filters(const Conv2dProblem& a, const T* w, int64_t filters, int6
   }
 }
 
+// One panel of group g, from the filters of all groups.
+template <class T, int kPairs>
+void transform_panel(const Conv2dProblem& a, const Blocking<T, kPairs>& blocking, const T* w, int64_t g, int64_t panel, T* packed,
+                     T* u) {
+  const int64_t k = blocking.vectors.begin(panel) * kLanes<T>, width = blocking.vectors.size(panel) * kLanes<T>;
+  transform_filters<T, kPairs>(a, w + g * a.w.g + k * a.w.k, a.K / a.groups - k, width, blocking.u_step, packed, u);
+}
+
 // --- multiply: V·U to products, at every position
 
 template <class T, int kPairs>
@@ -387,27 +397,29 @@ void winograd_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context&
   const Blocking<T, kPairs> blocking(a, context.machine->threads);
   const int64_t channels = a.C / a.groups, filters = a.K / a.groups;
   Arena arena(context.workspace), counter(nullptr);
-  T* u = arena.take<T>(blocking.panels_kept * blocking.panel_size());
+  T* own_u = arena.take<T>(blocking.panels_kept * blocking.panel_size());
   const Scratch<T, kPairs> counted(counter, blocking);
   const auto scratch_of = [&](int64_t thread) {
     Arena own(static_cast<char*>(context.workspace) + arena.used() + thread * counter.used());
     return Scratch<T, kPairs>(own, blocking);
   };
   const auto first_filter = [&](int64_t panel) { return blocking.vectors.begin(panel) * kLanes<T>; };
-  const EvenSplit parts(blocking.vectors.parts, blocking.panels_kept);
+  const EvenSplit parts(blocking.vectors.parts, args.packed ? blocking.vectors.parts : blocking.panels_kept);
   for (int64_t thread = 0; thread < context.machine->threads; ++thread) *scratch_of(thread).held = -1;
 
   for (int64_t part = 0; part < a.groups * parts.parts; ++part) {
     const int64_t g = part / parts.parts, first_panel = parts.begin(part % parts.parts), panels = parts.size(part % parts.parts);
     const T* x = static_cast<const T*>(args.x) + g * channels * a.x.c;
-    const T* w = static_cast<const T*>(args.w) + g * a.w.g;
-    parallel_ranges(context, panels, [&](int thread, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t k = first_filter(first_panel + i), width = first_filter(first_panel + i + 1) - k;
-        transform_filters<T, kPairs>(a, w + k * a.w.k, filters - k, width, blocking.u_step, scratch_of(thread).packed,
-                                     u + i * blocking.panel_size());
-      }
-    });
+    const T* u = static_cast<const T*>(args.packed) + g * panels * blocking.panel_size();
+    if (!args.packed) {
+      parallel_ranges(context, panels, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          transform_panel<T, kPairs>(a, blocking, static_cast<const T*>(args.w), g, first_panel + i, scratch_of(thread).packed,
+                                     own_u + i * blocking.panel_size());
+        }
+      });
+      u = own_u;
+    }
     parallel_ranges(context, blocking.blocks.parts * blocking.splits, [&](int thread, int64_t begin, int64_t end) {
       const Scratch<T, kPairs> scratch = scratch_of(thread);
       for (int64_t task = begin; task < end; ++task) {
@@ -430,6 +442,24 @@ void winograd_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context&
   }
 }
 
+template <class T, int kPairs>
+PackedFilters winograd_packed(const Conv2dProblem& a) {
+  const Blocking<T, kPairs> blocking(a, 1);
+  return {a.groups * blocking.vectors.parts * blocking.panel_size() * int64_t(sizeof(T)), 0};
+}
+
+template <class T, int kPairs>
+void winograd_pack(const Conv2dProblem& a, const void* w, void* packed) {
+  const Blocking<T, kPairs> blocking(a, 1);
+  alignas(64) T taps[9 * kFilterChannels * GemmTile::kMaxVectors * kLanes<T>];
+  T* u = static_cast<T*>(packed);
+  for (int64_t g = 0; g < a.groups; ++g) {
+    for (int64_t panel = 0; panel < blocking.vectors.parts; ++panel, u += blocking.panel_size()) {
+      transform_panel<T, kPairs>(a, blocking, static_cast<const T*>(w), g, panel, taps, u);
+    }
+  }
+}
+
 // Cycles on one core, counted in vectors. The tile reaches 105 of 154 GFLOP/s on blocks of 42 tiles, 95 on 24, where filters
 // stream from L3.
 template <class T, int kPairs>
@@ -443,13 +473,15 @@ double winograd_cost(const Conv2dProblem& a, const Machine& machine) {
   const double multiply = tiles * channels * vectors / (2 * 0.78 * block / (block + 6));
   const double inputs = parts * tiles * double(blocking.depth / kLanes<T>) * cycles.input * (a.x.c == 1 ? 1 : 2);
   const double outputs = tiles * vectors * cycles.output * (a.y.c == 1 ? 1 : 2);
-  const double all = multiply + inputs + outputs + channels * vectors * cycles.filter;
+  const double all = multiply + inputs + outputs + channels * vectors * (a.frozen ? kKeptCycles : cycles.filter);
   return double(a.groups) * double(G::kPositions) * all / (3e9 * machine.threads);
 }
 
 #define FC_WINOGRAD(pairs)                                                                           \
   template int64_t winograd_workspace<float, pairs>(const Conv2dProblem&, const Machine&);           \
   template void winograd_run<float, pairs>(const Conv2dProblem&, const Conv2dArgs&, const Context&); \
+  template PackedFilters winograd_packed<float, pairs>(const Conv2dProblem&);                        \
+  template void winograd_pack<float, pairs>(const Conv2dProblem&, const void*, void*);               \
   template double winograd_cost<float, pairs>(const Conv2dProblem&, const Machine&);
 FC_WINOGRAD(1)
 FC_WINOGRAD(2)

@@ -19,6 +19,12 @@ int64_t winograd_workspace(const Conv2dProblem& a, const Machine& machine);
 template <class T, int kPairs>
 void winograd_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
 
+// Kept filters, see Kernel::pack: U of all panels.
+template <class T, int kPairs>
+PackedFilters winograd_packed(const Conv2dProblem& a);
+template <class T, int kPairs>
+void winograd_pack(const Conv2dProblem& a, const void* w, void* packed);
+
 template <class T, int kPairs>
 double winograd_cost(const Conv2dProblem& a, const Machine& machine);
 

@@ -23,7 +23,8 @@ double cost(const Conv2dProblem& a, const Machine& machine) {
 }
 
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, cost<T>, pixel_rows_workspace<T>, pixel_rows_run<T>};
+constexpr Kernel<Conv2dProblem> kKernel = {
+    1.0f, reject, cost<T>, pixel_rows_workspace<T>, pixel_rows_run<T>, pixel_rows_packed<T>, pixel_rows_pack<T>};
 
 }  // namespace
 

@@ -41,8 +41,14 @@ int64_t workspace(const Conv2dProblem& a, const Machine& machine) {
   return channels_last(a) ? pixel_rows_workspace<T>(a, machine) : filter_rows_workspace<T>(a, machine);
 }
 
+// Filters that are rows are read where they lie.
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, cost<T>, workspace<T>, run<T>};
+PackedFilters packed(const Conv2dProblem& a) {
+  return channels_last(a) ? pixel_rows_packed<T>(a) : PackedFilters{};
+}
+
+template <class T>
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, cost<T>, workspace<T>, run<T>, packed<T>, pixel_rows_pack<T>};
 
 }  // namespace
 

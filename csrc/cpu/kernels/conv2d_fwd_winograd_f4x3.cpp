@@ -11,8 +11,9 @@ namespace {
 
 // --- contract
 constexpr float kErrorGrowth = 4.0f;
-constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, winograd_reject, winograd_cost<float, 2>, winograd_workspace<float, 2>,
-                                           winograd_run<float, 2>};
+constexpr Kernel<Conv2dProblem> kKernel = {
+    kErrorGrowth,           winograd_reject,           winograd_cost<float, 2>, winograd_workspace<float, 2>,
+    winograd_run<float, 2>, winograd_packed<float, 2>, winograd_pack<float, 2>};
 
 }  // namespace
 

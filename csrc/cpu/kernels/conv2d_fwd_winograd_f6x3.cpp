@@ -11,8 +11,9 @@ namespace {
 
 // --- contract
 constexpr float kErrorGrowth = 12.0f;
-constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, winograd_reject, winograd_cost<float, 3>, winograd_workspace<float, 3>,
-                                           winograd_run<float, 3>};
+constexpr Kernel<Conv2dProblem> kKernel = {
+    kErrorGrowth,           winograd_reject,           winograd_cost<float, 3>, winograd_workspace<float, 3>,
+    winograd_run<float, 3>, winograd_packed<float, 3>, winograd_pack<float, 3>};
 
 }  // namespace
 

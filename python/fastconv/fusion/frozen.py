@@ -12,6 +12,7 @@ from fastconv import _fused
 from fastconv._folding import fold
 from fastconv._padding import SAME, Quad, same
 from fastconv.nn import ConvBnAct
+from fastconv.ops._packed import PackedFilters
 
 Pair = tuple[int, int]
 
@@ -19,7 +20,7 @@ Pair = tuple[int, int]
 class FrozenConv2d(torch.nn.Module):
     """activation(norm(conv(x)) + residual) in one call of a kernel, with weights of its own that are made once, here.
 
-    This is the one place that owns folded weights, and so the place for packed and transformed ones. ``weight`` is (K, C/groups,
+    This is the one place that owns folded weights, and those that kernels have packed or transformed. ``weight`` is (K, C/groups,
     R, S) and ``bias`` (K) or None; they are buffers that no state_dict shows. Without a norm they share the layer's memory.
     """
 
@@ -45,6 +46,7 @@ class FrozenConv2d(torch.nn.Module):
                 weight, bias = fold(weight, bias, norm)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self._packed = PackedFilters()
         self.eval()
 
     @classmethod
@@ -63,8 +65,8 @@ class FrozenConv2d(torch.nn.Module):
             top, bottom, left, right = sides
             input = torch.nn.functional.pad(input, (left, right, top, bottom), mode=self.padding_mode)
             sides = 0, 0, 0, 0
-        options = self.stride, sides, self.dilation, self.groups
-        return _fused.conv2d(input, self.weight, self.bias, *options, residual, self.activation)
+        geometry = self.stride, sides, self.dilation, self.groups
+        return _fused.frozen_conv2d(input, self.weight, self.bias, self._packed, geometry, residual, self.activation)
 
     def extra_repr(self) -> str:
         K, C, R, S = self.weight.shape

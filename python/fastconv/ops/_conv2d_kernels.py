@@ -19,10 +19,12 @@ from torch import Tensor
 from .. import plan
 from ..plan import is_dense, prefers_channels_last, strides_of
 from ._dispatch import DTYPES, check_operands, check_shape, direct, empty_strided
+from ._packed import PackedFilters
 
 Pair = tuple[int, int]
 Quad = tuple[int, int, int, int]
 Shape = tuple[int, ...]
+Geometry = tuple[Pair, Quad, Pair, int]  # stride, padding, dilation, groups
 
 _FORMAT = (torch.contiguous_format, torch.channels_last)
 _get_threads = torch.get_num_threads
@@ -57,7 +59,7 @@ class Forward(NamedTuple):
     y_shape: Shape
     x_last: bool  # whether y, dy and dx are channels_last
     w_last: bool  # the same for dw
-    geometry: tuple[Pair, Quad, Pair, int]  # stride, padding, dilation, groups
+    geometry: Geometry
 
 
 class Recipe(_Recipe):
@@ -105,6 +107,7 @@ def fwd_recipe(
     threads: int,
     force: str,
     strict: bool,
+    frozen: bool = False,
 ) -> Recipe:
     w_last = prefers_channels_last(w, w_strides)
     last = w_last or prefers_channels_last(x, x_strides)
@@ -116,7 +119,7 @@ def fwd_recipe(
         return recipe
     problem = plan.conv2d_problem(
         DTYPES[dtype], (x, strides_of(x, last)), (w, w_strides), (y, y_strides),
-        stride, padding, dilation, groups, biased, residual_strides is not None, activation,
+        stride, padding, dilation, groups, biased, residual_strides is not None, activation, frozen,
     )  # fmt: skip
     recipe.plan = plan.make("conv2d_fwd", problem, DTYPES[dtype], (x, w, y), threads, force, strict)
     recipe.copy_a = _copy(x, x_strides, last)
@@ -197,7 +200,14 @@ def find_fwd(
     )  # fmt: skip
 
 
-def follow(recipe: Recipe, x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+def follow(
+    recipe: Recipe,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    kept: PackedFilters | None = None,
+) -> Tensor:
     if recipe.copy_a is not None:
         x = x.contiguous(memory_format=recipe.copy_a)
     y: Tensor = empty_strided(recipe.out_shape, recipe.out_strides, x.dtype)
@@ -210,7 +220,11 @@ def follow(recipe: Recipe, x: Tensor, w: Tensor, bias: Tensor | None, residual: 
             if recipe.copy_b is not None:
                 residual = residual.contiguous(memory_format=recipe.copy_b)
             residual_address = residual.data_ptr()
-        recipe.plan.execute(x.data_ptr(), w.data_ptr(), bias_address, residual_address, y.data_ptr())
+        packed = None if kept is None else kept.get(recipe.plan, w)
+        recipe.plan.execute(
+            x.data_ptr(), w.data_ptr(), bias_address, residual_address, y.data_ptr(),
+            0 if packed is None else packed.data_ptr(),
+        )  # fmt: skip
     return y
 
 
@@ -220,6 +234,19 @@ def run_fwd(
 ) -> Tensor:  # fmt: skip
     recipe = find_fwd(x, w, bias, residual, stride, padding, dilation, groups, activation)
     return follow(recipe, x, w, bias, residual)
+
+
+def run_frozen(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, kept: PackedFilters,
+    geometry: Geometry, activation: str,
+) -> Tensor:  # fmt: skip
+    """`run_fwd` for a weight that does not change: kernels are chosen for it, and find it in `kept` as they want it."""
+    recipe = fwd_recipe(
+        x.shape, x.stride(), w.shape, w.stride(), x.dtype, *geometry, bias is not None,
+        None if residual is None else residual.stride(), activation,
+        _get_threads(), _forced().get("conv2d_fwd", ""), plan.strict, True,
+    )  # fmt: skip
+    return follow(recipe, x, w, bias, residual, kept)
 
 
 def find_dgrad(

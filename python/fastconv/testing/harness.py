@@ -219,11 +219,13 @@ def run(
     place: Place = "heap",
     scratch: int = int(CANARY),
     omit: tuple[str, ...] = (),
+    packed: bool = False,
 ) -> Result:
     """Runs ``force`` ('' = whatever is selected) on fresh memory and returns the logical outputs.
 
     Outputs and gaps hold NaN canaries before, the workspace is filled with the byte ``scratch``. Operands named in
-    ``omit`` are not given, as max pooling's indices need not be. Raises NotImplementedError if the kernel does not accept
+    ``omit`` are not given, as max pooling's indices need not be. With ``packed``, the kernel gets the filters in its own
+    order, and NaN where they were. Raises NotImplementedError if the kernel does not accept
     the case and KernelFault if it touches memory that is not its own, changes an input or leaves an output unwritten.
     """
     plan = native().plan(op, native_problem(case, dtype), threads, force)
@@ -234,8 +236,17 @@ def run(
     workspace.bytes[:] = scratch
     address = {name: operand.address for name, operand in operands.items()}
     scratch_address = workspace.address if plan.workspace else 0
+    memories: dict[str, Operand | Block] = {**operands, "workspace": workspace}
     if isinstance(case, ConvCase):
-        plan.run_conv2d(*(address.get(name, 0) for name in ("x", "w", "bias", "residual", "y")), scratch_address)
+        if packed:
+            memories["packed"] = kept = Block(plan.packed[0], place, 64)
+            kept.bytes[:] = int(CANARY)
+            plan.pack(address["w"], kept.address)
+            address["packed"] = kept.address
+            del memories["w"]
+            operands["w"].view[...] = np.nan
+        names = ("x", "w", "bias", "residual", "y", "packed")
+        plan.run_conv2d(*(address.get(name, 0) for name in names), workspace=scratch_address)
     elif isinstance(case, SdpaCase):
         every = ("q", "k", "v", "mask", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "dmask")
         plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
@@ -243,7 +254,6 @@ def run(
         plan.run_norm([address.get(name, 0) for name in NORM_OPERANDS], scratch_address)
     else:
         plan.run_pool2d(*(address.get(name, 0) for name in ("x", "y", "indices")), scratch_address)
-    memories: dict[str, Operand | Block] = {**operands, "workspace": workspace}
     for name, memory in memories.items():
         if damage := memory.damage():
             raise KernelFault(f"{plan.kernel} on {case}: {name}: {damage}")

@@ -1,0 +1,30 @@
+// gemm_tile for a few rows, with filters read where they lie: what is used that often is not worth a packed panel.
+#pragma once
+
+#include "cpu/blocks/gemm_tile.h"
+
+namespace fastconv::FASTCONV_TARGET {
+
+// Rows up to which it is faster than packing and gemm_tile together. A block of kLanes columns and a sum for each row are in
+// registers: 16 + 8 of 32 (AVX-512), 8 + 4 of 16.
+inline constexpr int kThinRows = kVectorRegisters == 32 ? 8 : 4;
+
+// Filters of a matrix whose depth is contiguous: filter k, depth d at w[k*k_step + d].
+template <class T>
+struct ThinInput {
+  const T* const* a;  // [rows], each [depth]
+  const T* w;
+  int64_t k_step;
+  int filters;  // at most kLanes
+  int64_t depth;
+};
+
+// One tile of 1 <= rows <= kThinRows by one vector of filters. Sums are the same chains of FMAs as gemm_tile's, so the bits are
+// too.
+template <class T>
+void thin_tile(int rows, const ThinInput<T>& in, const TileOutput<T>& out);
+
+extern template void thin_tile(int, const ThinInput<float>&, const TileOutput<float>&);
+extern template void thin_tile(int, const ThinInput<double>&, const TileOutput<double>&);
+
+}  // namespace fastconv::FASTCONV_TARGET
