@@ -25,8 +25,9 @@ Batch = tuple[Tensor, ...]
 class Task(Protocol):
     """What is learned, and how: a frozen dataclass of its numbers.
 
-    ``loss_tolerance`` bounds the difference of the two backends' losses, in nats, at each of the first ``compared`` steps;
-    ``title`` names the data in the picture, ``unit`` what a batch is a number of, ``extras`` the packages that are needed, ``config`` the model's keywords.
+    ``loss_tolerance`` bounds the difference of the two backends' losses, in nats, at each of the first ``compared`` steps.
+    ``title`` names the data in the picture, ``unit`` what a batch is a number of, ``extras`` the packages that are needed,
+    ``config`` the model's keywords.
     """
 
     @property
