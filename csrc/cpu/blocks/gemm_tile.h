@@ -13,13 +13,15 @@
 namespace fastconv::FASTCONV_TARGET {
 
 // Tiles fill the register file: rows*vectors accumulators, `vectors` of b and one broadcast.
-//   32 registers (AVX-512): 6x4 = 24 (+5), 8x3, 12x2, 14x1      10 loads for 24 FMAs in 6x4: under the two loads a cycle
+//   32 registers (AVX-512): 6x4 = 24 (+5), 8x3, 10x2, 10x1      10 loads for 24 FMAs in 6x4: under the two loads a cycle
 //   16 registers (AVX2, baseline): 3x4 = 12 would leave none for b twice; 4x3 = 12 (+4), 6x2 = 12 (+3), 8x1
+// Ten rows and not more: each has a pointer, and of sixteen the loop itself needs five. A tile of 14x1 kept pointers in vector
+// registers and took 13.7 cycles for what should take 7.5.
 struct GemmTile {
   static constexpr int kMaxVectors = kVectorRegisters == 32 ? 4 : 3;
-  static constexpr int kMaxRows = kVectorRegisters == 32 ? 14 : 8;
+  static constexpr int kMaxRows = kVectorRegisters == 32 ? 10 : 8;
   static constexpr int rows(int vectors) {
-    if (kVectorRegisters == 32) return vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 14;
+    if (kVectorRegisters == 32) return vectors == 4 ? 6 : vectors == 3 ? 8 : 10;
     return vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
   }
 };

@@ -69,6 +69,9 @@ void describe_panel(const Conv2dProblem& a, int64_t first, int columns, int vect
       panel.row_offsets[r * panel.run_count + i] = inside ? runs[i].n * a.x.n + h * a.x.h : kOutside;
     }
   }
+  panel.copies = a.R * a.S == 1 && a.stride_w * a.x.w == 1 && panel.run_count == 1 && columns == vectors * lanes &&
+                 panel.row_offsets[0] != kOutside;
+  for (int f = 0; f < panel.fill_count; ++f) panel.copies &= panel.fills[f].lo == 0 && panel.fills[f].hi == lanes;
 }
 
 template <class T>
@@ -81,6 +84,12 @@ void pack_pixels(const Conv2dProblem& a, const T* x, int64_t channels, const Pix
       const PixelPanel& panel = panels[i];
       const int64_t width = int64_t(panel.vectors) * kL;
       T* row = out + i * panel_size + c * a.R * a.S * width;
+      if (panel.copies) {
+        // A third of the time of going through the fills, and with 64 filters packing is a sixth of all.
+        const T* from = x + panel.row_offsets[0] + panel.fills[0].offset;
+        for (int v = 0; v < panel.vectors; ++v) store(row + v * kL, load(from + v * kL));
+        continue;
+      }
       for (int64_t r = 0; r < a.R; ++r) {
         const int64_t* row_offsets = panel.row_offsets + r * panel.run_count;
         const PixelFill* fill = panel.fills;

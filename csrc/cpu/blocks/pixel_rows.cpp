@@ -81,12 +81,20 @@ struct Scratch {
 // One block of the reduction: taps first .. first+taps of the filter, elements begin .. begin+depth of each.
 struct Block {
   int64_t first, taps, begin, depth;
+  int64_t r, s;  // filter position of tap `first`, where taps are positions
+  bool within;   // 1x1 without padding: no pixel is outside
 };
 
-FC_INLINE Block block_at(const Reduction& reduction, int64_t index) {
+FC_INLINE Block block_at(const Conv2dProblem& a, const Reduction& reduction, int64_t index) {
   const int64_t group = index % reduction.tap_groups.parts, chunk = index / reduction.tap_groups.parts;
-  return {reduction.tap_groups.begin(group), reduction.tap_groups.size(group), reduction.chunks.begin(chunk),
-          reduction.chunks.size(chunk)};
+  const int64_t first = reduction.tap_groups.begin(group);
+  return {first,
+          reduction.tap_groups.size(group),
+          reduction.chunks.begin(chunk),
+          reduction.chunks.size(chunk),
+          first / a.S,
+          first % a.S,
+          a.R * a.S == 1 && a.pad_top == 0 && a.pad_left == 0 && (a.P - 1) * a.stride_h < a.H && (a.Q - 1) * a.stride_w < a.W};
 }
 
 template <class T>
@@ -109,8 +117,12 @@ FC_INLINE void point_row(const Conv2dProblem& a, const Reduction& reduction, con
                          int64_t q, int rows, int m, const Scratch<T>& scratch) {
   const int64_t top = p * a.stride_h - a.pad_top, left = q * a.stride_w - a.pad_left;
   x += n * a.x.n;
+  if (block.within) {
+    scratch.rows[m] = x + top * a.x.h + left * a.x.w + block.begin;
+    return;
+  }
   if (!reduction.whole_rows) {
-    int64_t r = block.first / a.S, s = block.first % a.S;
+    int64_t r = block.r, s = block.s;
     for (int64_t t = 0; t < block.taps; ++t) {
       const int64_t h = top + r * a.dilation_h, w = left + s * a.dilation_w;
       const bool inside = uint64_t(h) < uint64_t(a.H) && uint64_t(w) < uint64_t(a.W);
@@ -169,7 +181,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
   const EvenSplit tiles(task.last_pixel - task.first_pixel, GemmTile::rows(int(shares.vectors.largest())));
 
   for (int64_t b = 0; b < reduction.blocks; ++b) {
-    const Block block = block_at(reduction, b);
+    const Block block = block_at(a, reduction, b);
     const T* panels = static_cast<const T*>(args.packed) + kept_panel(reduction, shares, task.g, b, task.first_panel);
     if (!args.packed) {
       for (int64_t i = 0; i < task.panel_count; ++i) {
@@ -229,7 +241,7 @@ void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
   const T* x = static_cast<const T*>(args.x) + task.g * (a.C / a.groups);
   for (int64_t k = first_k; k < last_k; k += kLanes<T>) {
     for (int64_t b = 0; b < reduction.blocks; ++b) {
-      const Block block = block_at(reduction, b);
+      const Block block = block_at(a, reduction, b);
       T* y[kThinRows];
       for (int m = 0; m < rows; ++m) {
         const int64_t pixel = task.first_pixel + m, q = pixel % a.Q, p = pixel / a.Q % a.P, n = pixel / a.Q / a.P;
@@ -301,7 +313,7 @@ void pixel_rows_pack(const Conv2dProblem& a, const void* w, void* packed) {
   for (int64_t g = 0; g < a.groups; ++g) {
     for (int64_t b = 0; b < reduction.blocks; ++b) {
       for (int64_t panel = 0; panel < shares.vectors.parts; ++panel) {
-        pack_panel(a, reduction, shares, block_at(reduction, b), static_cast<const T*>(w), g, panel, tap_offset,
+        pack_panel(a, reduction, shares, block_at(a, reduction, b), static_cast<const T*>(w), g, panel, tap_offset,
                    static_cast<T*>(packed) + kept_panel(reduction, shares, g, b, panel));
       }
     }
