@@ -26,7 +26,9 @@ using Quint = std::array<int64_t, 5>;
 Dtype parse_dtype(const std::string& name) {
   if (name == "f32") return Dtype::f32;
   if (name == "f64") return Dtype::f64;
-  throw std::invalid_argument("dtype: got '" + name + "', expected f32 or f64");
+  if (name == "bf16") return Dtype::bf16;
+  if (name == "f16") return Dtype::f16;
+  throw std::invalid_argument("dtype: got '" + name + "', expected f32, f64, bf16 or f16");
 }
 
 Activation parse_activation(const std::string& name) {
@@ -45,7 +47,8 @@ MaskKind parse_mask(const std::string& name) {
   if (name == "none") return MaskKind::none;
   if (name == "boolean") return MaskKind::boolean;
   if (name == "additive") return MaskKind::additive;
-  throw std::invalid_argument("mask: got '" + name + "', expected none, boolean or additive");
+  if (name == "wide") return MaskKind::wide;
+  throw std::invalid_argument("mask: got '" + name + "', expected none, boolean, additive or wide");
 }
 
 template <class T>
@@ -74,11 +77,11 @@ void run_pool2d(const AnyPlan& plan, uintptr_t x, uintptr_t y, uintptr_t indices
 }
 
 // In the order of SdpaArgs, 0 for what is absent.
-void run_sdpa(const AnyPlan& plan, const std::array<uintptr_t, 12>& a, std::optional<uintptr_t> workspace) {
+void run_sdpa(const AnyPlan& plan, const std::array<uintptr_t, 15>& a, std::optional<uintptr_t> workspace) {
   run(plan,
       SdpaArgs{address<void>(a[0]), address<void>(a[1]), address<void>(a[2]), address<void>(a[3]), address<void>(a[4]),
                address<void>(a[5]), address<void>(a[6]), address<void>(a[7]), address<void>(a[8]), address<void>(a[9]),
-               address<void>(a[10]), address<void>(a[11])},
+               address<void>(a[10]), address<void>(a[11]), address<void>(a[12]), address<void>(a[13]), address<void>(a[14])},
       workspace);
 }
 
@@ -203,7 +206,8 @@ void bind_problems(py::module_& m) {
   py::class_<SdpaProblem>(m, "SdpaProblem")
       .def(py::init([](const std::string& dtype, int64_t B, int64_t Hq, int64_t Hkv, int64_t Lq, int64_t Lkv, int64_t D,
                        int64_t Dv, double scale, double softcap, const std::string& mask_kind, Pair band, double dropout,
-                       int64_t key, const std::array<Quad, 5>& strides, const std::array<Quad, 4>& gradient_strides) {
+                       int64_t key, const std::array<Quad, 5>& strides, const std::array<Quad, 4>& gradient_strides,
+                       std::optional<std::array<int64_t, 3>> bias) {
              if (Hkv <= 0 || Hq % Hkv != 0) throw std::invalid_argument("Hkv must divide Hq");
              return SdpaProblem{.dtype = parse_dtype(dtype),
                                 .B = B,
@@ -216,6 +220,7 @@ void bind_problems(py::module_& m) {
                                 .scale = scale,
                                 .softcap = softcap,
                                 .mask_kind = parse_mask(mask_kind),
+                                .bias = bias ? RelativeBias{true, (*bias)[0], (*bias)[1], (*bias)[2]} : RelativeBias{},
                                 .band = {band[0], band[1]},
                                 .dropout = {dropout, key},
                                 .q = sdpa_stride(strides[0]),
@@ -230,7 +235,7 @@ void bind_problems(py::module_& m) {
            }),
            py::kw_only(), "dtype"_a, "B"_a, "Hq"_a, "Hkv"_a, "Lq"_a, "Lkv"_a, "D"_a, "Dv"_a, "scale"_a, "softcap"_a = 0.0,
            "mask_kind"_a = "none", "band"_a, "dropout"_a = 0.0, "key"_a = 0, "strides"_a,
-           "gradient_strides"_a = std::array<Quad, 4>{});
+           "gradient_strides"_a = std::array<Quad, 4>{}, "bias"_a = py::none());
   py::class_<NormProblem>(m, "NormProblem")
       .def(py::init([](const std::string& dtype, int64_t N, int64_t C, double eps) {
              return NormProblem{.dtype = parse_dtype(dtype), .N = N, .C = C, .eps = eps};

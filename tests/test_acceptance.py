@@ -14,6 +14,7 @@ from fastconv.testing.problems import AVG_POOL_OPS, CONV_OPS, MAX_POOL_OPS, Case
 
 OPS = CONV_OPS + MAX_POOL_OPS + AVG_POOL_OPS + SDPA_OPS + NORM_OPS
 DTYPES = ("f32", "f64")
+PAIRS = [(op, dtype) for op in OPS for dtype in (*DTYPES, *(("bf16", "f16") if op in SDPA_OPS else ()))]
 
 # The share of its op's problems that an algorithm must accept, where it is meant for a part of them only: filters of one
 # kind, or one of the two public layouts, which have 45 % of the grid each. Every other algorithm must accept half: less
@@ -47,8 +48,7 @@ def test_a_kernel_accepts_its_share(kernel: str) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "dtype"), PAIRS)
 def test_some_kernel_of_every_target_accepts_everything(op: str, dtype: str) -> None:
     kernels = [k for k in harness.native().kernels() if k.op == op and k.dtype == dtype]
     targets = harness.native().build()["targets"]
@@ -66,8 +66,7 @@ def samples(op: str) -> tuple[Case, ...]:
     return grids.grid(op)[::25]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "dtype"), PAIRS)
 def test_plan_agrees_with_explain(op: str, dtype: str) -> None:
     native = harness.native()
     for case in samples(op):

@@ -254,6 +254,20 @@ def test_gradcheck_of_groups() -> None:
     assert torch.autograd.gradgradcheck(lambda *t: sdpa(*t, enable_gqa=True), (q, k, v))
 
 
+def test_second_derivatives_go_through_the_output_once() -> None:
+    """sin makes dout of out, which gradgradcheck never does."""
+    inputs = operands((1, 2, 4, 3), (1, 2, 5, 3))
+
+    def second(attention: Any) -> Any:
+        leaves = [leaf(t) for t in inputs]
+        first = torch.autograd.grad(attention(*leaves).sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = second(F.scaled_dot_product_attention)
+    assert_close(second(sdpa), expected)
+
+
 def test_vmap() -> None:
     q, k, v = operands((5, 2, 3, 4, 8), (5, 2, 3, 6, 8))
     mask = torch.rand(4, 6) > 0.3
@@ -278,11 +292,13 @@ def test_registered_ops() -> None:
     q, k, v = (leaf(t) for t in operands((2, 4, 5, 8), (2, 2, 7, 8)))
     mask = leaf(torch.randn(1, 4, 1, 7, dtype=torch.float64))
     for m in (None, mask, mask.detach() > 0):
-        torch.library.opcheck(OPS.sdpa_fwd.default, (q, k, v, m, 0.3, -5, 2, 0.0, 0.0, 0))
-    out, lse = OPS.sdpa_fwd(q, k, v, mask, 0.3, -5, 2, 0.0, 0.0, 0)
+        torch.library.opcheck(OPS.sdpa_fwd.default, (q, k, v, m, None, None, 0.3, -5, 2, 0.0, 0.0, 0))
+    more = leaf(torch.randn(1, 4, 11, dtype=torch.float64)), leaf(torch.randn(2, 1, dtype=torch.float64))
+    torch.library.opcheck(OPS.sdpa_fwd.default, (q, k, v, None, *more, 0.3, -5, 2, 0.0, 0.0, 0))
+    out, lse = OPS.sdpa_fwd(q, k, v, mask, *more, 0.3, -5, 2, 0.0, 0.0, 0)
     dout = torch.randn_like(out)
-    saved = (q.detach(), k.detach(), v.detach(), mask.detach(), out.detach(), lse.detach())
-    torch.library.opcheck(OPS.sdpa_bwd.default, (dout, None, *saved, True, 0.3, -5, 2, 0.0, 0.0, 0))
+    saved = [t.detach() for t in (q, k, v, mask, *more, out, lse)]
+    torch.library.opcheck(OPS.sdpa_bwd.default, (dout, None, *saved, [True] * 3, 0.3, -5, 2, 0.0, 0.0, 0))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +314,7 @@ def test_registered_ops() -> None:
 def test_registered_ops_refuse(change: Any) -> None:
     q, k, v = operands((2, 4, 5, 8), (2, 2, 7, 8))
     with pytest.raises(RuntimeError, match="fastconv::sdpa_fwd"):
-        OPS.sdpa_fwd(*change(q, k, v), None, 0.3, -5, 7, 0.0, 0.0, 0)
+        OPS.sdpa_fwd(*change(q, k, v), None, None, None, 0.3, -5, 7, 0.0, 0.0, 0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -384,14 +400,30 @@ def test_mixed_dtypes_and_no_tensors() -> None:
         sdpa(q, [1.0], v)  # type: ignore[call-overload]
 
 
-@pytest.mark.filterwarnings("ignore::fastconv.FallbackWarning")
-def test_half_precision_goes_to_torch_and_options_of_ours_do_not() -> None:
-    q, k, v = (t.bfloat16() for t in operands((1, 2, 5, 8), (1, 2, 7, 8)))
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_has_to_answer_goes_there_and_options_of_ours_do_not() -> None:
+    q, k, v = operands((1, 2, 5, 8), (1, 2, 7, 8))
     before = sum(fastconv.fallback_counts().values())
-    assert torch.equal(sdpa(q, k, v), F.scaled_dot_product_attention(q, k, v))
-    assert sum(fastconv.fallback_counts().values()) == before + 1
+    traced = torch.jit.trace(sdpa, (q, k, v))
+    assert sum(fastconv.fallback_counts().values()) > before
+    assert_close(traced(q, k, v), F.scaled_dot_product_attention(q, k, v))
     with pytest.raises(NotImplementedError, match="window"):
-        sdpa(q, k, v, window=2)
+        torch.jit.trace(lambda *t: sdpa(*t, window=2), (q, k, v))
+
+
+def test_subclasses_see_the_options_of_ours() -> None:
+    class Spy(Tensor):
+        seen: list[Any] = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.seen.append((func, kwargs))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    q, k, v = operands((5, 8), (5, 8))
+    found = sdpa(q.as_subclass(Spy), k, v, window=1)
+    assert Spy.seen[0][1]["window"] == 1
+    assert_close(found.as_subclass(Tensor), sdpa(q, k, v, window=1))
 
 
 @pytest.mark.parametrize("op", ["sdpa_fwd", "sdpa_bwd"])

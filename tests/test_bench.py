@@ -383,6 +383,20 @@ def test_whole_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert "model train f32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [[], ["--causal", "--backward", "--dtype", "bf16"]], ids=["forward", "backward"])
+def test_lengths(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    files = {name: tmp_path / f"lengths.{name}" for name in ("json", "png")}
+    sizes = ["--lengths", "8,1024", "--heads", "2", "--features", "8"]
+    assert main(["lengths", *sizes, *words, "--json", str(files["json"]), "--plot", str(files["png"])]) == 0
+    assert capsys.readouterr().out.count("torch MATH") == 2
+    rows = {(row["who"], row["length"]): row for row in json.loads(files["json"].read_text())["rows"]}
+    assert all(row["seconds"] > 0 for row in rows.values())
+    # MATH stores 1024 x 1024 scores of 2 heads: 8 MB in float32. The others store none.
+    assert rows["torch MATH", 1024]["bytes"] > rows["fastconv", 1024]["bytes"] + (2 << 20)
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+
+
 def test_readme_hides_nothing() -> None:
     lost = [entry("torch", 0.01, "nchw"), entry("fastconv", 0.02)]
     void = [entry("torch", 0.09, "nchw"), entry("fastconv", None, status="void", reason="wrong by a mile")]

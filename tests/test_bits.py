@@ -36,7 +36,7 @@ def in_company(op: str, case: Case, inputs: harness.Arrays, neighbours: list[flo
     for name, value in inputs.items():
         if name in ("w", "bias", "gamma", "beta"):
             batch[name] = value
-        elif name == "mask" and isinstance(case, SdpaCase) and "b" not in case.mask:
+        elif isinstance(case, SdpaCase) and name in ("mask", "bias") and "b" not in (getattr(case, name) or ""):
             batch[name] = np.broadcast_to(value, (len(neighbours), *value.shape[1:]))
         elif name == "indices":
             batch[name] = np.concatenate([value] * len(neighbours))
@@ -63,7 +63,7 @@ def check_company(op: str, case: Case, dtype: str, force: str) -> None:
 @pytest.mark.ops(*SAMPLE_OPS)
 def test_any_company(kernel: str) -> None:
     op, _, dtype, _ = kernel.split(".")
-    for case in some(harness.accepted(kernel), 32):
+    for case in some(harness.checked(kernel), 32):
         check_company(op, case, dtype, kernel)
 
 
@@ -85,9 +85,9 @@ def test_any_company_of_the_selected_kernel(op: str, dtype: str) -> None:
 
 def test_any_threads_any_workspace_any_day(kernel: str) -> None:
     op, _, dtype, _ = kernel.split(".")
-    cases = harness.accepted(kernel)
+    cases = harness.checked(kernel)
     for case in cases[:: max(1, len(cases) // 32)]:
-        inputs, _ = harness.problem_data(op, case)
+        inputs, _ = harness.problem_data(op, case, dtype=dtype)
         once = harness.run(op, case, dtype, inputs, force=kernel, threads=1, scratch=0).outputs
         # 0xFF is NaN as f32 and f64, 0x7F a huge number.
         for threads, scratch in ((1, 0xFF), (2, 0x7F), (3, 0xFF), (4, 0)):

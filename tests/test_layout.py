@@ -37,7 +37,7 @@ LEVELS = [
     {"ops", "numpy"},
     {"_conv_checks", "_pool_checks"},
     {"_attention", "_convolution", "_normalization", "_pooling"},
-    {"_fused", "_resolvers", "_same_pooling"},
+    {"_attention_lengths", "_fused", "_resolvers", "_same_pooling"},
     {"functional"},
     {"nn", "control"},
     {"conversion", "integrations", "models"},

@@ -82,13 +82,57 @@ def test_masks() -> None:
 
 
 @pytest.mark.parametrize("average", [True, False])
-@pytest.mark.filterwarnings("ignore::fastconv.FallbackWarning")
-def test_weights_come_from_torch_and_are_counted(average: bool) -> None:
-    mine, theirs = pair(12, 3)
+@pytest.mark.parametrize("options", [
+    {}, {"batch_first": True}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 12, "vdim": 12, "bias": False}
+], ids=str)  # fmt: skip
+def test_weights(options: dict[str, Any], average: bool) -> None:
+    """The weights and their gradients are torch's, the output comes from our kernel, and no fallback is counted."""
+    mine, theirs = pair(12, 3, **options)
     x = torch.randn(5, 6, 12, dtype=torch.float64)
-    before = fastconv.fallback_counts().get(("MultiheadAttention", "need_weights=True"), 0)
-    assert_close(mine(x, x, x, average_attn_weights=average), theirs(x, x, x, average_attn_weights=average))
-    assert fastconv.fallback_counts()["MultiheadAttention", "need_weights=True"] == before + 1
+    batch, length = (5, 6) if options.get("batch_first") else (6, 5)
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+    padding = torch.zeros(batch, length, dtype=torch.bool)
+    padding[1, 2:] = True
+    masks: list[dict[str, Any]] = [
+        {}, {"attn_mask": causal, "is_causal": True}, {"attn_mask": torch.randn(length, length, dtype=torch.float64)},
+        {"key_padding_mask": padding}, {"key_padding_mask": padding, "attn_mask": causal},
+        {"attn_mask": torch.randn(3 * batch, length, length, dtype=torch.float64)},
+    ]  # fmt: skip
+    before = fastconv.fallback_counts()
+    for mask in masks:
+        results = []
+        for layer in (mine, theirs):
+            leaf = x.detach().requires_grad_()
+            with fastconv.observe() as records:
+                out, weights = layer(leaf, leaf, leaf, average_attn_weights=average, **mask)
+            assert [r.op for r in records] == (["sdpa_fwd"] if layer is mine else [])
+            grads = torch.autograd.grad(out.sin().sum() + weights.square().sum(), [leaf, *layer.parameters()])
+            results.append((out, weights, grads))
+        assert_close(*results)
+    assert fastconv.fallback_counts() == before
+    if not options:
+        assert_close(mine(x[0], x[0], x[0]), theirs(x[0], x[0], x[0]))
+
+
+def test_weights_are_what_dropout_left() -> None:
+    mine, _ = pair(12, 3, dropout=0.4, batch_first=True)
+    x = torch.randn(2, 40, 12, dtype=torch.float64)
+    out, weights = mine(x, x, x, average_attn_weights=False)
+    share = (weights == 0).double().mean().item()
+    assert abs(share - 0.4) < 0.03
+    w, b = mine.in_proj_weight[24:], mine.in_proj_bias[24:]
+    values = (x @ w.T + b).unflatten(2, (3, 4)).transpose(1, 2)
+    assert_close(mine.out_proj((weights @ values).transpose(1, 2).flatten(2)), out)
+
+
+def test_a_query_that_may_attend_to_nothing() -> None:
+    mine, _ = pair(12, 3)
+    x = torch.randn(4, 1, 12, dtype=torch.float64)
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[2] = True
+    out, weights = mine(x, x, x, attn_mask=mask)
+    assert (weights[0, 2] == 0).all()
+    assert_close(out[2, 0], mine.out_proj.bias)
 
 
 def test_inference_runs_on_our_kernels() -> None:
@@ -111,6 +155,53 @@ def test_conversion_and_back() -> None:
     assert [r.op for r in records].count("sdpa_fwd") == 2
     fastconv.revert(model)
     assert type(model.self_attn) is torch.nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_encoders_in_eval_mode_run_on_our_kernels(grad: bool, norm_first: bool, padded: bool) -> None:
+    """torch's fast path would compute a converted layer whole; where it nests, padded positions come out as 0."""
+    layer = torch.nn.TransformerEncoderLayer(12, 2, 20, batch_first=True, norm_first=norm_first, dtype=torch.float64)
+    norm = torch.nn.LayerNorm(12, dtype=torch.float64) if norm_first else None
+    model = torch.nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=not norm_first).eval()
+    x = torch.randn(3, 6, 12, dtype=torch.float64)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    options = {"src_key_padding_mask": padding} if padded else {}
+    with torch.set_grad_enabled(grad):
+        expected = model(x, **options)
+        assert fastconv.convert(model).swapped["TransformerEncoderLayer"] == 2
+        with fastconv.observe() as records:
+            found = model(x, **options)
+    assert [r.op for r in records].count("sdpa_fwd") == 2
+    assert_close(found, expected)
+    fastconv.revert(model)
+    assert type(model) is torch.nn.TransformerEncoder
+    assert type(model.layers[0]) is torch.nn.TransformerEncoderLayer
+
+
+def test_an_encoder_of_ours_is_torch_s_in_training() -> None:
+    torch.manual_seed(3)
+    theirs = torch.nn.TransformerEncoderLayer(12, 3, 20, 0.0, batch_first=True, dtype=torch.float64)
+    mine = ours.TransformerEncoderLayer(12, 3, 20, 0.0, batch_first=True, dtype=torch.float64)
+    mine.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64)
+    results = []
+    for layer in (mine, theirs):
+        out = layer(x, src_mask=causal, is_causal=True)
+        results.append((out, torch.autograd.grad(out.sin().sum(), list(layer.parameters()))))
+    assert_close(*results)
+    assert type(mine.self_attn) is ours.MultiheadAttention
+
+
+def test_subclasses_that_the_fast_path_would_bypass_are_reported() -> None:
+    class Own(torch.nn.TransformerEncoderLayer):
+        pass
+
+    (kept,) = (k for k in fastconv.convert(Own(12, 2)).kept if k.kind == "Own")
+    assert "set_fastpath_enabled(False)" in kept.reason
 
 
 def call(*shapes: tuple[int, ...], **options: Any) -> Any:

@@ -8,7 +8,8 @@
 
 namespace fastconv {
 
-enum class Dtype : int32_t { f32, f64 };
+// How operands are stored. bf16 and f16 are computed in f32.
+enum class Dtype : int32_t { f32, f64, bf16, f16 };
 
 enum class Activation : int32_t { none, relu, relu6, silu, hardswish, gelu, sigmoid };
 
@@ -91,7 +92,9 @@ struct Pool2dProblem {
   Stride4 x, y;
 };
 
-enum class MaskKind : int32_t { none, boolean, additive };
+// What is added to scores: bytes, 0 for -inf; numbers stored as the operands are; numbers of the precision that they are computed
+// in, which a mask of f32 beside operands of bf16 is.
+enum class MaskKind : int32_t { none, boolean, additive, wide };
 
 // Strides of (batch, head, position, feature); of a mask: (batch, head, query, key), 0 where it is broadcast.
 struct SdpaStride {
@@ -104,6 +107,13 @@ struct Band {
   int64_t low, high;
 };
 
+// One number for each distance of a key from its query, which scores get whatever the softcap made of them: element
+// j - i + Lq - 1 of Lq + Lkv - 1 with these strides, b and h 0 where it is broadcast. Relative positions, ALiBi.
+struct RelativeBias {
+  bool given;
+  int64_t b, h, distance;
+};
+
 // Attention weights are kept with probability 1 - p; which ones follows from the key and from (b, h, i, j), see
 // blocks/dropout.h.
 struct Dropout {
@@ -112,25 +122,28 @@ struct Dropout {
 };
 
 // out, dout, dq, dk, dv: forward writes out and (where given) lse, backward reads them. lse (B, Hq, Lq), dlse likewise and dmask
-// (B, Hq, Lq, Lkv) are contiguous; lse, dlse, mask and dmask may be absent.
+// (B, Hq, Lq, Lkv) are contiguous and of the precision that is computed in; lse, dlse, mask and dmask may be absent.
+// So may bias, sink (B, Hq) and dbias (B, Hq, Lq + Lkv - 1), of that precision too and the last two contiguous.
 struct SdpaArgs {
   void *q, *k, *v, *mask, *out, *lse;
   void *dout, *dlse, *dq, *dk, *dv, *dmask;
+  void *bias, *sink, *dbias;
 };
 
 // Scaled dot product attention of Hq query heads, Hq/Hkv of which share a head of keys and values:
 //
-//   s[i,j]  = softcap( scale * sum_d q[i,d] * k[j,d] ) + mask[i,j]      where j lies in the band of i, else -inf
-//   out[i]  = sum_j exp(s[i,j] - lse[i]) * v[j],   lse[i] = log sum_j exp(s[i,j])
+//   s[i,j]  = softcap( scale * sum_d q[i,d] * k[j,d] ) + mask[i,j] + bias[j-i]     where j lies in the band of i, else -inf
+//   out[i]  = sum_j exp(s[i,j] - lse[i]) * v[j],   lse[i] = log( exp(sink) + sum_j exp(s[i,j]) )
 //
-// with softcap(x) = softcap * tanh(x / softcap), or x where softcap is 0. A boolean mask is bytes, 0 for -inf. A query that sees
-// no key has out = 0, lse = -inf and no gradient. D features of queries and keys, Dv of values.
+// with softcap(x) = softcap * tanh(x / softcap), or x where softcap is 0. A query that sees no key has out = 0, lse = -inf and no
+// gradient. D features of queries and keys, Dv of values.
 struct SdpaProblem {
   using Args = SdpaArgs;
   Dtype dtype;
   int64_t B, Hq, Hkv, Lq, Lkv, D, Dv;
   double scale, softcap;
   MaskKind mask_kind;
+  RelativeBias bias;
   Band band;
   Dropout dropout;
   SdpaStride q, k, v, out, mask;

@@ -11,7 +11,10 @@ namespace {
 
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
-const char* dtype_name(Dtype dtype) { return dtype == Dtype::f32 ? "f32" : "f64"; }
+const char* dtype_name(Dtype dtype) {
+  constexpr const char* kNames[] = {"f32", "f64", "bf16", "f16"};
+  return kNames[int(dtype)];
+}
 
 bool named(const Row& row, const std::string& force) {
   return force.empty() || force == row.algorithm || force == row.target || force == row.name;

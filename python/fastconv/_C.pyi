@@ -83,6 +83,7 @@ class SdpaProblem:
         key: int = 0,
         strides: Sequence[Sequence[int]],
         gradient_strides: Sequence[Sequence[int]] = ...,
+        bias: Sequence[int] | None = None,
     ) -> None: ...
 
 class NormProblem:

@@ -17,8 +17,9 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import has_torch_function_variadic
 
 from ._arguments import as_int, describe
-from ._routes import check_one_device, for_torch, overridden
+from ._routes import autocast_to, check_one_device, for_torch, overridden
 from .ops import sdpa as ops
+from .ops._dispatch import WITH_HALVES, computed_in
 
 _OP = "scaled_dot_product_attention"
 
@@ -36,6 +37,9 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     window: int | tuple[int, int] | None = None,
     softcap: float | None = None,
+    relative_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -53,6 +57,9 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     window: int | tuple[int, int] | None = None,
     softcap: float | None = None,
+    relative_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -69,6 +76,9 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     window: int | tuple[int, int] | None = None,
     softcap: float | None = None,
+    relative_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(`query` `key`ᵀ · `scale` + `attn_mask`) `value`: `torch.nn.functional.scaled_dot_product_attention`.
@@ -77,15 +87,25 @@ def scaled_dot_product_attention(
     mask is True where a key is seen; a floating one is added. `is_causal` counts from the upper left corner, and
     `torch.nn.attention.bias.causal_lower_right` as `attn_mask` from the other. Mask and `is_causal` may be combined. A query that
     sees no key gives 0 and has no gradient. With `enable_gqa`, heads of `query` share those of `key` and `value` in groups.
-    float32 and float64 on the CPU run on our kernels, which store nothing of size L x S.
+    float32, float64, bfloat16 and float16 on the CPU run on our kernels, which store nothing of size L x S and compute the last
+    two in float32. CPU autocast applies as to torch's function.
 
     Not in torch: `window` lets a query see that many keys on each side of its own (or (before, after); -1 for all), on the
-    diagonal that the causal mask has; `softcap` c makes a score c·tanh(score/c) (Gemma 2); `return_lse` returns (output,
-    log-sum-exp of the scores (..., L)), both differentiable.
+    diagonal that the causal mask has; `softcap` c makes a score c·tanh(score/c) (Gemma 2). `relative_bias` (..., L + S - 1)
+    adds element j - i + L - 1 to the score of query i and key j (T5), `alibi_slopes` (...) the slope times minus their distance
+    on that diagonal (Press et al. 2022), and neither makes a matrix of it; `sinks` (...) are the scores of a key whose value is
+    0 (Xiao et al. 2023, as in GPT-OSS). Their leading dimensions are the batch and query heads, or broadcast to them, and all
+    have gradients. `return_lse` returns (output,
+    log-sum-exp of the scores (..., L)), both differentiable; the latter is float32 beside halves.
 
     Raises RuntimeError where shapes, dtypes or devices do not fit or `dropout_p` is no probability, TypeError where an argument
     is of the wrong kind, NotImplementedError where an option that torch has not meets tensors that only torch can serve.
     """
+    given = {
+        "window": window, "softcap": softcap or None, "relative_bias": relative_bias, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "return_lse": return_lse or None,
+    }  # fmt: skip
+    own = {name: value for name, value in given.items() if value is not None}
     if has_torch_function_variadic(query, key, value) or (
         has_torch_function_variadic(attn_mask) and not isinstance(attn_mask, CausalBias)
     ):
@@ -93,26 +113,39 @@ def scaled_dot_product_attention(
             scaled_dot_product_attention,
             _theirs,
             tuple(t for t in (query, key, value, attn_mask) if t is not None),
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **own,
         )  # fmt: skip
     bias = attn_mask if isinstance(attn_mask, CausalBias) else None
     mask = None if bias is not None else attn_mask
     tensors = _tensors(query, key, value, mask)
-    more = [
-        name
-        for name, used in (("window", window is not None), ("softcap", softcap), ("return_lse", return_lse))
-        if used
-    ]
     check_one_device(_OP, tensors)
     if mask is not None and not mask.is_floating_point():
         tensors["attn_mask"] = None  # no dtype that a kernel would lack: boolean, or an error
-    if for_torch(_OP, tensors, True):
-        if more:
+    if for_torch(_OP, tensors, False, dtypes=WITH_HALVES):
+        if own:
             raise NotImplementedError(
-                f"{_OP}: {', '.join(more)} needs float32 or float64 on the CPU, got {query.dtype}"
+                f"{_OP}: {', '.join(own)} needs floating tensors on the CPU that nobody traces, got {describe(query)} of "
+                f"{query.dtype}"
             )
         return _theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    p = _probability(dropout_p)
+    return _answer(query, key, value, attn_mask, _probability(dropout_p), is_causal, (scale, enable_gqa), own)
+
+
+def _answer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | CausalBias | None,
+    p: float,
+    is_causal: bool,
+    plain: tuple[Any, bool],
+    own: dict[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What our kernels make of operands that they have; `plain` is scale and enable_gqa, `own` the options that torch has not."""
+    (scale, enable_gqa), return_lse = plain, "return_lse" in own
+    bias = attn_mask if isinstance(attn_mask, CausalBias) else None
+    mask = None if bias is not None else attn_mask
+    query, key, value, mask = _autocast(query, key, value, mask)
     if bias is not None and is_causal:
         raise ValueError("CausalBias should not be used with causal=True: got is_causal=True beside a causal attn_mask")
     _check_operands(query, key, value, mask)
@@ -121,17 +154,42 @@ def scaled_dot_product_attention(
     lower_right = bias is not None and bias.variant == CausalVariant.LOWER_RIGHT
     if bias is not None and (bias.seq_len_q, bias.seq_len_kv) != (L, S):
         raise RuntimeError(f"attn_mask is a causal bias of {bias.seq_len_q} x {bias.seq_len_kv}, expected {L} x {S}")
-    low, high = _band(window, is_causal or bias is not None, S - L if lower_right else 0, L, S)
+    diagonal = S - L if lower_right else 0
+    low, high = _band(own.get("window"), is_causal or bias is not None, diagonal, L, S)
     options = ops.Options(
-        _scale(scale, query.shape[-1]), low, high, float(softcap or 0.0), p, _draw() if 0 < p < 1 else 0
+        _scale(scale, query.shape[-1]), low, high, float(own.get("softcap", 0.0)), p, _draw() if 0 < p < 1 else 0
     )
     if options.softcap < 0:
-        raise RuntimeError(f"{_OP}: softcap has to be positive, but got {softcap}")
-    whole = heads.mask(mask, query.dtype)
-    if not return_lse:
-        return heads.undo(ops.sdpa_out(heads.q, heads.k, heads.v, whole, options))
-    out, lse = ops.sdpa(heads.q, heads.k, heads.v, whole, options)
+        raise RuntimeError(f"{_OP}: softcap has to be positive, but got {options.softcap:g}")
+    given = ops.Operands(
+        heads.q,
+        heads.k,
+        heads.v,
+        heads.mask(mask, query.dtype),
+        _distances(own, heads, diagonal),
+        heads.numbers("sinks", own.get("sinks")),
+    )
+    asked = None if torch.compiler.is_compiling() else _asked.get()
+    if not return_lse and asked is None:
+        return heads.undo(ops.sdpa_out(given, options))
+    out, lse = ops.sdpa(given, options)
+    if asked is not None:
+        asked.append(heads.undo(ops.weights(given, lse, options)))
+        if not return_lse:
+            return heads.undo(out)
     return heads.undo(out), heads.undo(lse)
+
+
+def _distances(own: dict[str, Any], heads: _Heads, diagonal: int) -> Tensor | None:
+    """What is added to scores for each distance j - i from 1 - L on: (B, Hq, L + S - 1), of size 1 where it is broadcast."""
+    L, S = heads.scores[-2:]
+    bias = heads.numbers("relative_bias", own.get("relative_bias"), max(L + S - 1, 0))
+    slopes = heads.numbers("alibi_slopes", own.get("alibi_slopes"))
+    if slopes is None:
+        return bias
+    distance = torch.arange(1 - L, max(S, 1 - L), dtype=slopes.dtype, device=slopes.device) - diagonal
+    alibi = -slopes[..., None] * distance.abs()
+    return alibi if bias is None else bias + alibi
 
 
 def _tensors(query: Any, key: Any, value: Any, mask: Any) -> dict[str, Tensor | None]:
@@ -139,6 +197,15 @@ def _tensors(query: Any, key: Any, value: Any, mask: Any) -> dict[str, Tensor | 
         if not isinstance(t, Tensor) and not (name == "attn_mask" and t is None):
             raise TypeError(f"{_OP}(): argument '{name}' must be Tensor, not {describe(t)}")
     return {"query": query, "key": key, "value": value, "attn_mask": mask}
+
+
+def _autocast(*tensors: Tensor | None) -> Any:
+    """What CPU autocast makes of the operands: torch's list has this function among those of lower precision."""
+    dtype = autocast_to([t for t in tensors if t is not None])
+    if dtype is None:
+        return tensors
+    # float64 is left alone, and a boolean mask.
+    return [t if t is None or not t.is_floating_point() or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _probability(p: Any) -> float:
@@ -274,8 +341,8 @@ class _Heads:
             or _broadcast([torch.Size(self.scores), mask.shape], "scores and attn_mask") != self.scores
         ):
             raise RuntimeError(f"attn_mask of {_OP}() has shape {list(mask.shape)}, expected {list(self.scores)} or 1s")
-        if mask.dtype is not torch.bool:
-            mask = mask.to(dtype)
+        if mask.dtype not in (torch.bool, dtype):
+            mask = mask.to(computed_in(dtype))
         if len(self.scores) <= 4:
             return mask[(None,) * (4 - mask.dim())]
         leading = mask.dim() - 3
@@ -283,10 +350,48 @@ class _Heads:
             mask = mask.expand(*self.batch[:-1], *mask.shape[-3:])
         return mask.flatten(0, mask.dim() - 4) if leading > 0 else mask[(None,) * (4 - mask.dim())]
 
+    def numbers(self, name: str, found: Any, *sizes: int) -> Tensor | None:
+        """`found` as (B, Hq, *sizes), of size 1 where it is broadcast, in the precision that is computed in."""
+        if found is None:
+            return None
+        whole = torch.Size((*self.batch, *sizes))
+        if not isinstance(found, Tensor):
+            raise TypeError(f"{_OP}(): argument '{name}' must be Tensor, not {describe(found)}")
+        t: Tensor = found
+        fits = t.dim() <= len(whole) and t.dim() >= len(sizes) and t.shape[t.dim() - len(sizes) :] == torch.Size(sizes)
+        if not fits or any(m not in (1, s) for m, s in zip(reversed(t.shape), reversed(whole))):
+            raise RuntimeError(
+                f"{name} of {_OP}() has shape {list(t.shape)}, expected {list(whole)} or what broadcasts to it"
+            )
+        if not t.is_floating_point() or t.device != self.q.device:
+            raise RuntimeError(
+                f"{name} of {_OP}() is {t.dtype} on {t.device}, expected floating numbers on {self.q.device}"
+            )
+        t = t.to(computed_in(self.q.dtype))
+        t = t[(None,) * (max(len(whole), 2 + len(sizes)) - t.dim())]
+        leading = len(self.batch) - 2
+        if leading <= 0:
+            return t
+        return t.expand(*self.batch[:-1], *t.shape[leading + 1 :]).flatten(0, leading)
+
     def undo(self, t: Tensor) -> Tensor:
         if len(self.batch) < 2:
             return t[(0,) * (2 - len(self.batch))]
         return t if len(self.batch) == 2 else t.unflatten(0, self.batch[:-1])
+
+
+_asked: ContextVar[list[Tensor] | None] = ContextVar("fastconv_attention_weights", default=None)
+
+
+@contextmanager
+def weights_of(wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Yields a list to which every attention of ours in the block appends its weights (..., L, S), dropout applied, if wanted."""
+    weights: list[Tensor] = []
+    token = _asked.set(weights if wanted else None)
+    try:
+        yield weights
+    finally:
+        _asked.reset(token)
 
 
 # torch's function, and how many blocks have ours in its place.

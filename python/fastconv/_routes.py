@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def _own_memory(t: Tensor) -> bool:
     return isinstance(t, (FakeTensor, FunctionalTensor))
 
 
-def _autocast_to(tensors: list[Tensor]) -> torch.dtype | None:
+def autocast_to(tensors: list[Tensor]) -> torch.dtype | None:
     """What CPU autocast makes of them; None where it leaves them alone, as it leaves float64."""
     if not torch.is_autocast_enabled("cpu"):
         return None
@@ -88,8 +88,10 @@ def exporting() -> bool:
     return _is_exporting() or torch.onnx.is_in_onnx_export()
 
 
-def reason_for_torch(tensors: dict[str, Tensor | None], casts: bool) -> str:
-    """Why torch has to answer; "" where we can. `casts`: autocast applies to this op."""
+def reason_for_torch(
+    tensors: dict[str, Tensor | None], casts: bool, dtypes: Collection[torch.dtype] = (_f32, _f64)
+) -> str:
+    """Why torch has to answer; "" where we can. `casts`: autocast applies to this op, and to dtypes that are not ours."""
     present = {name: t for name, t in tensors.items() if t is not None}
     for name, t in present.items():
         if not _own_memory(t):
@@ -100,11 +102,11 @@ def reason_for_torch(tensors: dict[str, Tensor | None], casts: bool) -> str:
             return f"{name} is {'nested' if t.is_nested else str(t.layout).removeprefix('torch.')}"
     if _tracing() is not None:
         return "torch.jit traces it"
-    dtype = _autocast_to(list(present.values())) if casts else None
+    dtype = autocast_to(list(present.values())) if casts else None
     if dtype is not None:
         return f"autocast to {str(dtype).removeprefix('torch.')}"
     for t in present.values():
-        if t.dtype is not _f32 and t.dtype is not _f64:
+        if t.dtype not in dtypes:
             return f"dtype {str(t.dtype).removeprefix('torch.')}"
     return ""
 
@@ -117,15 +119,22 @@ def check_one_device(op: str, tensors: dict[str, Tensor | None]) -> None:
         raise RuntimeError(f"Expected all tensors to be on the same device: {op}() got {found}")
 
 
-def for_torch(op: str, tensors: dict[str, Tensor | None], casts: bool, otherwise: str = "") -> bool:
+def for_torch(
+    op: str,
+    tensors: dict[str, Tensor | None],
+    casts: bool,
+    otherwise: str = "",
+    dtypes: Collection[torch.dtype] = (_f32, _f64),
+) -> bool:
     """Whether torch answers this call; says why, unless it is being exported and so nothing is computed here.
 
-    `otherwise` is why, where the tensors themselves are no reason. Raises RuntimeError where operands do not share a device.
+    `otherwise` is why, where the tensors themselves are no reason; `dtypes` are those that the op has kernels for. Raises
+    RuntimeError where operands do not share a device.
     """
     check_one_device(op, tensors)
     if exporting():
         return True
-    reason = reason_for_torch(tensors, casts) or otherwise
+    reason = reason_for_torch(tensors, casts, dtypes) or otherwise
     if reason:
         _note(op, reason)
     return bool(reason)

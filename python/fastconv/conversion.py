@@ -37,6 +37,9 @@ _FAMILIES = (
     pooling._AdaptiveAvgPoolNd,
     torch.nn.Linear,
     torch.nn.LayerNorm,
+    torch.nn.MultiheadAttention,
+    torch.nn.TransformerEncoder,
+    torch.nn.TransformerEncoderLayer,
 )
 
 
@@ -167,4 +170,9 @@ def _subclass_reason(module: Module) -> str:
     own = (
         " with a forward of its own" if any("forward" in vars(c) or "_conv_forward" in vars(c) for c in between) else ""
     )
-    return f"it is a subclass of {base.__name__}{own}"
+    bypass = (
+        "; in eval mode, torch's fast path goes past the layers inside: torch.backends.mha.set_fastpath_enabled(False)"
+        if issubclass(base, (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer))
+        else ""
+    )
+    return f"it is a subclass of {base.__name__}{own}{bypass}"

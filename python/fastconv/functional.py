@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from . import _resolvers  # noqa: F401 - registers itself, as does the next
 from ._attention import scaled_dot_product_attention
+from ._attention_lengths import scaled_dot_product_attention_varlen, scaled_dot_product_attention_with_cache
 from ._convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, linear
 from ._normalization import layer_norm
 from ._pooling import (
@@ -49,6 +50,8 @@ __all__ = [
     "max_pool2d",
     "max_pool2d_with_indices",
     "scaled_dot_product_attention",
+    "scaled_dot_product_attention_varlen",
+    "scaled_dot_product_attention_with_cache",
 ]
 
 # They are public here, wherever they are written: in reprs, pickles and the code that torch.fx makes.

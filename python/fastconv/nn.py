@@ -1,4 +1,4 @@
-"""torch.nn's convolutions, pools, Linear, LayerNorm and MultiheadAttention on fastconv's kernels.
+"""torch.nn's convolutions, pools, Linear, LayerNorm, MultiheadAttention and Transformer encoder on fastconv's kernels.
 
 Each class subclasses the one it is named after: constructor, initialisation, parameters, repr, state_dict and pickle are torch's,
 and so is every error of the constructor. Only the forward pass differs, and it calls `fastconv.functional`.
@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 from torch.nn.modules.utils import _pair
 
 from . import _fused, _same_pooling
 from . import functional as F
-from ._attention import sdpa
+from ._attention import sdpa, weights_of
 from ._folding import ACTIVATION_LAYERS, fold, why_not_folded
 from ._padding import SAME, same
-from .fallback import note
+from ._routes import for_torch
+from .ops._dispatch import WITH_HALVES
 
 __all__ = [
     "AdaptiveAvgPool1d",
@@ -39,6 +41,8 @@ __all__ = [
     "MaxPool1d",
     "MaxPool2d",
     "MultiheadAttention",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]
 
 
@@ -288,8 +292,10 @@ class LayerNorm(torch.nn.LayerNorm):
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` whose attention runs on fastconv's kernels; the projections around it are torch's.
 
-    With `need_weights=True`, torch's default, somebody wants the matrix that our kernels never store: torch computes the whole
-    call then, and it is counted (see `fastconv.set_fallback`).
+    With `need_weights=True`, torch's default, somebody wants the matrix that our kernels never store: the output is theirs all
+    the same, and the weights (N, L, S), or (N, heads, L, S) without `average_attn_weights`, are exp(scores - log-sum-exp) by
+    torch's operations, with gradients; under torch.compile torch computes the whole call, and it is counted. A query that may
+    attend to nothing has output and weights 0, where torch has NaN.
     """
 
     def forward(
@@ -303,11 +309,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if need_weights or any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
-            note("MultiheadAttention", "need_weights=True" if need_weights else "nested tensors")
+        tensors: dict[str, Tensor | None] = {"query": query, "key": key, "value": value}
+        nested = any(isinstance(t, Tensor) and t.is_nested for t in tensors.values())
+        traced = "torch.compile traces need_weights=True" if need_weights and torch.compiler.is_compiling() else ""
+        if (nested or need_weights) and for_torch("MultiheadAttention", tensors, False, traced, WITH_HALVES):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if need_weights and attn_mask is not None:
+            is_causal = False  # a hint, which torch does not take here either
         batched = self.batch_first and query.dim() == 3
         if batched:
             # One projection serves operands that are the same tensor: they have to stay that.
@@ -317,11 +327,95 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             weights = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             own = {"use_separate_proj_weight": True, **{name: getattr(self, name) for name in weights}}
-        with sdpa():
+        with sdpa(), weights_of(need_weights) as found:
             out, _ = torch.nn.functional.multi_head_attention_forward(
                 query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias,
                 self.bias_k, self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
                 training=self.training, key_padding_mask=key_padding_mask, need_weights=False, attn_mask=attn_mask,
                 is_causal=is_causal, **own,
             )  # fmt: skip
-        return (out.transpose(0, 1) if batched else out), None
+        out = out.transpose(0, 1) if batched else out
+        if not need_weights:
+            return out, None
+        matrix = found[0].mean(dim=1) if average_attn_weights else found[0]
+        return out, matrix if query.dim() == 3 else matrix.squeeze(0)
+
+
+class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` on fastconv's kernels.
+
+    In eval mode torch's own computes the whole layer in one call of its, past the layers inside. This one never does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.self_attn.__class__ = MultiheadAttention
+        for linear in (self.linear1, self.linear2):
+            linear.__class__ = Linear
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        padding, mask = _canonical_masks(src, src_mask, "src_mask", src_key_padding_mask)
+        x = src
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), mask, padding, is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self._sa_block(x, mask, padding, is_causal))
+        return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
+
+
+class TransformerEncoder(torch.nn.TransformerEncoder):
+    """`torch.nn.TransformerEncoder` for layers of fastconv's: no nested tensors, which only torch's fast path takes.
+
+    Where torch would have used them, padded positions of the output are 0 (before a last norm), as there.
+    """
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        padding, whole = _canonical_masks(src, mask, "mask", src_key_padding_mask)
+        length = _get_seq_len(src, self.layers[0].self_attn.batch_first)
+        causal = _detect_is_causal_mask(whole, is_causal, length)
+        x = src
+        for layer in self.layers:
+            x = layer(x, src_mask=whole, is_causal=causal, src_key_padding_mask=padding)
+        if padding is not None and whole is None and self._torch_would_nest(src, padding):
+            x = x.masked_fill((padding != 0)[..., None], 0.0)
+        return x if self.norm is None else self.norm(x)
+
+    def _torch_would_nest(self, src: Tensor, padding: Tensor) -> bool:
+        tensors = (src, *self.layers[0].parameters())
+        return (
+            bool(self.use_nested_tensor)
+            and torch.backends.mha.get_fastpath_enabled()
+            and not self.layers[0].training
+            and src.dim() == 3
+            and not torch.is_autocast_enabled()
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            and not (self.mask_check and torch.compiler.is_compiling())
+            and (not self.mask_check or torch._nested_tensor_from_mask_left_aligned(src, padding == 0))
+        )
+
+
+def _canonical_masks(
+    src: Tensor, mask: Tensor | None, name: str, padding: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """An encoder's padding and mask as numbers to add, with torch's errors."""
+    f = torch.nn.functional
+    padding = f._canonical_mask(
+        mask=padding, mask_name="src_key_padding_mask", other_type=f._none_or_dtype(mask), other_name=name,
+        target_type=src.dtype,
+    )  # fmt: skip
+    whole = f._canonical_mask(
+        mask=mask, mask_name=name, other_type=None, other_name="", target_type=src.dtype, check_other=False
+    )
+    return padding, whole

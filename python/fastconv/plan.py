@@ -207,7 +207,7 @@ def sdpa_problem(
     dropout: tuple[float, int] = (0.0, 0),
 ) -> _C.SdpaProblem:
     """Operands as (shape, strides): q (B, Hq, Lq, D), k, v (B, Hkv, Lkv, D or Dv), out, and where they are wanted mask (B, Hq,
-    Lq, Lkv), dout, dq, dk, dv.
+    Lq, Lkv), bias (B, Hq, Lq + Lkv - 1), dout, dq, dk, dv.
     """
     (B, Hq, Lq, D), (_, Hkv, Lkv, _), (*_, Dv) = operands["q"][0], operands["k"][0], operands["v"][0]
     none = ((), (0, 0, 0, 0))
@@ -215,6 +215,7 @@ def sdpa_problem(
     return _C.SdpaProblem(
         dtype=dtype, B=B, Hq=Hq, Hkv=Hkv, Lq=Lq, Lkv=Lkv, D=D, Dv=Dv, scale=scale, softcap=softcap, mask_kind=mask_kind,
         band=band, dropout=dropout[0], key=dropout[1], strides=strides[:5], gradient_strides=strides[5:],
+        bias=operands["bias"][1] if "bias" in operands else None,
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._reference_attention import Attention as Attention
+from ._reference_attention import along_distances as along_distances
+from ._reference_attention import distances as distances
 from ._reference_attention import dropout_factors as dropout_factors
 from ._reference_attention import sdpa as sdpa
 from ._reference_attention import sdpa_bwd as sdpa_bwd

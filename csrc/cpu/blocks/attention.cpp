@@ -10,6 +10,9 @@ constexpr double kLog2e = 1.4426950408889634074;
 
 template <class T>
 constexpr T kInfinity = T(__builtin_inf());
+// Only -inf is less.
+template <class T>
+constexpr T kLowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
 
 template <class T>
 FC_INLINE void fill_from(T* p, int64_t begin, int64_t end, T value) {
@@ -24,30 +27,38 @@ FC_INLINE vec<T> tanh(vec<T> x) {
   return blend(is_nan(x), x, blend(greater(zero<T>(), x), zero<T>() - size, size));
 }
 
+// row[j] = numbers[j * step] in units of log 2, or that added to it.
+template <class S>
+FC_INLINE void bias_row(const void* numbers, int64_t offset, int64_t step, int64_t begin, int64_t end, compute_t<S>* row,
+                        bool more = false) {
+  using T = compute_t<S>;
+  const S* p = static_cast<const S*>(numbers) + offset;
+  for (int64_t j = begin; j < end; j += kLanes<T>) {
+    const int n = end - j < kLanes<T> ? int(end - j) : kLanes<T>;
+    const vec<T> x = (step == 1 ? load(p + j, n) : load_strided(p + j * step, step, n)) * set1(T(kLog2e));
+    store(row + j, more ? load(row + j, n) + x : x, n);
+  }
+}
+
 // One row of the mask as numbers to add, in units of log 2: -inf for what a boolean mask hides.
-template <class T>
-FC_INLINE void mask_row(const SdpaProblem& a, const void* mask, int64_t offset, int64_t begin, int64_t end, T* row) {
+template <class S>
+FC_INLINE void mask_row(const SdpaProblem& a, const void* mask, int64_t offset, int64_t begin, int64_t end, compute_t<S>* row) {
+  using T = compute_t<S>;
   const int64_t step = a.mask.d;
-  if (a.mask_kind == MaskKind::boolean) {
-    const uint8_t* p = static_cast<const uint8_t*>(mask) + offset;
-    if (step == 1) {
-      for (int64_t j = begin; j < end; ++j) row[j] = p[j] ? T(0) : -kInfinity<T>;
-    } else {
-      for (int64_t j = begin; j < end; ++j) row[j] = p[j * step] ? T(0) : -kInfinity<T>;
-    }
+  if (a.mask_kind == MaskKind::additive) return bias_row<S>(mask, offset, step, begin, end, row);
+  if (a.mask_kind == MaskKind::wide) return bias_row<T>(mask, offset, step, begin, end, row);
+  const uint8_t* p = static_cast<const uint8_t*>(mask) + offset;
+  if (step == 1) {
+    for (int64_t j = begin; j < end; ++j) row[j] = p[j] ? T(0) : -kInfinity<T>;
   } else {
-    const T* p = static_cast<const T*>(mask) + offset;
-    if (step == 1) {
-      for (int64_t j = begin; j < end; ++j) row[j] = p[j] * T(kLog2e);
-    } else {
-      for (int64_t j = begin; j < end; ++j) row[j] = p[j * step] * T(kLog2e);
-    }
+    for (int64_t j = begin; j < end; ++j) row[j] = p[j * step] ? T(0) : -kInfinity<T>;
   }
 }
 
 // Scores with a mask or a cap, in units of log 2, in place.
-template <class T>
-__attribute__((noinline)) void alter(const SdpaProblem& a, const void* mask, const ScoreTile<T>& tile, KeyRange vectors) {
+template <class S>
+__attribute__((noinline)) void alter(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<S>& tile, KeyRange vectors) {
+  using T = compute_t<S>;
   using Tile = AttentionTile<T>;
   T row[Tile::kKeys];
   const T scale = T(a.scale < 0 ? -a.scale : a.scale), cap = T(a.softcap), inverse = cap != 0 ? 1 / cap : T(0);
@@ -55,10 +66,15 @@ __attribute__((noinline)) void alter(const SdpaProblem& a, const void* mask, con
   fill_from(row, vectors.begin, vectors.end, T(0));
   QueryRow at = query_row(a, tile.rows.hkv, tile.rows.first);
   for (int64_t m = 0; m < tile.rows.count; ++m, advance(a, at)) {
-    const bool again = m > 0 && a.mask.h == 0 && a.mask.l == 0;
+    const bool again = m > 0 && a.mask.h == 0 && a.mask.l == 0 && !a.bias.given;
     if (adds && !again) {
-      mask_row(a, mask, tile.rows.b * a.mask.b + at.h * a.mask.h + at.i * a.mask.l + tile.first_key * a.mask.d, tile.keys.begin,
-               tile.keys.end, row);
+      mask_row<S>(a, args.mask, tile.rows.b * a.mask.b + at.h * a.mask.h + at.i * a.mask.l + tile.first_key * a.mask.d,
+                  tile.keys.begin, tile.keys.end, row);
+    }
+    if (a.bias.given) {
+      const int64_t distance = tile.first_key - at.i + a.Lq - 1;
+      bias_row<T>(args.bias, tile.rows.b * a.bias.b + at.h * a.bias.h + distance * a.bias.distance, a.bias.distance,
+                  tile.keys.begin, tile.keys.end, row, adds);
     }
     T* s = tile.s + m * tile.s_step;
     for (int64_t j = vectors.begin; j < vectors.end; j += kLanes<T>) {
@@ -71,7 +87,7 @@ __attribute__((noinline)) void alter(const SdpaProblem& a, const void* mask, con
       const vec<T> shift = load(row + j);
       x = fma(x, set1(T(kLog2e)), shift);
       // A hidden key may hold anything: NaN - inf would let it through.
-      if (hides) x = blend(greater(zero<T>(), shift), shift, x);
+      if (hides) x = blend(greater(set1(kLowest<T>), shift), shift, x);
       store(s + j, x);
     }
   }
@@ -84,8 +100,9 @@ FC_INLINE KeyRange whole_vectors(KeyRange keys) {
   return {keys.begin / kLanes<T> * kLanes<T>, round_up(keys.end, kLanes<T>)};
 }
 
-template <class T>
-void dot_products(const ScoreTile<T>& tile, int64_t features) {
+template <class S>
+void dot_products(const ScoreTile<S>& tile, int64_t features) {
+  using T = compute_t<S>;
   using Tile = AttentionTile<T>;
   constexpr int64_t kL = kLanes<T>;
   const KeyRange vectors = whole_vectors<T>(tile.keys);
@@ -100,9 +117,9 @@ void dot_products(const ScoreTile<T>& tile, int64_t features) {
     }
     const T* k = tile.k + panel * features * Tile::kPanel;
     if (tile.loose) {
-      const LooseKeys<T>& loose = *tile.loose;
+      const LooseKeys<S>& loose = *tile.loose;
       const int64_t first = panel * Tile::kPanel;
-      pack_panels<T>(loose.source + first * loose.stride.l, loose.stride, loose.count - first, features, {0, 1}, loose.panel);
+      pack_panels<S>(loose.source + first * loose.stride.l, loose.stride, loose.count - first, features, {0, 1}, loose.panel);
       k = loose.panel;
     }
     const ColumnPiece piece{0, int32_t(count * kL), 0, 1};
@@ -133,14 +150,15 @@ void multiply(int64_t rows, int64_t width, const Product<T>& product, bool accum
   }
 }
 
-template <class T>
-T scores(const SdpaProblem& a, const void* mask, const ScoreTile<T>& tile) {
+template <class S>
+compute_t<S> scores(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<S>& tile) {
+  using T = compute_t<S>;
   dot_products(tile, a.D);
   const KeyRange vectors = whole_vectors<T>(tile.keys);
   // In log 2 the factor stays well above the smallest numbers: what is hidden is -inf, and 0 * -inf would be NaN.
   const double factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e;
-  const bool altered = a.mask_kind != MaskKind::none || a.softcap != 0 || factor < 1e-20;
-  if (altered) alter(a, mask, tile, vectors);
+  const bool altered = a.mask_kind != MaskKind::none || a.bias.given || a.softcap != 0 || factor < 1e-20;
+  if (altered) alter(a, args, tile, vectors);
   if (is_banded(a) || vectors.end > a.Lkv - tile.first_key) {
     QueryRow at = query_row(a, tile.rows.hkv, tile.rows.first);
     for (int64_t m = 0; m < tile.rows.count; ++m, advance(a, at)) {
@@ -155,12 +173,13 @@ T scores(const SdpaProblem& a, const void* mask, const ScoreTile<T>& tile) {
   return altered ? T(1) : T(factor);
 }
 
-template <class T>
-void pack_rows(const T* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, T* rows) {
+template <class S>
+void pack_rows(const S* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, compute_t<S>* rows) {
+  using T = compute_t<S>;
   constexpr int64_t kL = kLanes<T>;
   if (stride.d != 1) {
     const int64_t offset = 0;
-    return pack_filters<T>({source, stride.d, stride.l, &offset, 1, count}, features, width, rows);
+    return pack_filters<S>({source, stride.d, stride.l, &offset, 1, count}, features, width, rows);
   }
   for (int64_t l = 0; l < count; ++l, source += stride.l, rows += width) {
     int64_t d = 0;
@@ -169,46 +188,51 @@ void pack_rows(const T* source, const SdpaStride& stride, int64_t count, int64_t
   }
 }
 
-template <class T>
-void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const T* source, const SdpaStride& stride, int64_t features,
-                    int64_t width, T* rows) {
+template <class S>
+void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const S* source, const SdpaStride& stride, int64_t features,
+                    int64_t width, compute_t<S>* rows) {
   QueryRow row = query_row(a, place.hkv, place.first);
   for (int64_t left = place.count; left > 0;) {
     const int64_t count = left < a.Lq - row.i ? left : a.Lq - row.i;  // of one head
-    pack_rows<T>(source + place.b * stride.b + row.h * stride.h + row.i * stride.l, stride, count, features, width, rows);
+    pack_rows<S>(source + place.b * stride.b + row.h * stride.h + row.i * stride.l, stride, count, features, width, rows);
     rows += count * width, left -= count;
     row = {row.h + 1, 0};
   }
 }
 
-template <class T>
-void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, T* rows) {
-  pack_unit_rows<T>(a, place, static_cast<const T*>(q), a.q, a.D, width, rows);
+template <class S>
+void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, compute_t<S>* rows) {
+  pack_unit_rows<S>(a, place, static_cast<const S*>(q), a.q, a.D, width, rows);
   if (a.scale < 0) {
     for (int64_t i = 0; i < place.count * width; ++i) rows[i] = -rows[i];
   }
 }
 
-template <class T>
-void pack_panels(const T* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, T* panels) {
-  constexpr int64_t kPanel = AttentionTile<T>::kPanel;
+template <class S>
+void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys,
+                 compute_t<S>* panels) {
+  constexpr int64_t kPanel = AttentionTile<compute_t<S>>::kPanel;
   const int64_t offset = 0;
   for (int64_t begin = keys.begin / kPanel * kPanel; begin < keys.end; begin += kPanel) {
-    pack_filters<T>({source + begin * stride.l, stride.l, stride.d, &offset, 1, features}, count - begin, kPanel,
+    pack_filters<S>({source + begin * stride.l, stride.l, stride.d, &offset, 1, features}, count - begin, kPanel,
                     panels + begin * features);
   }
 }
 
-#define FC_ATTENTION(T)                                                                                                 \
-  template T scores(const SdpaProblem&, const void*, const ScoreTile<T>&);                                              \
-  template void dot_products(const ScoreTile<T>&, int64_t);                                                             \
-  template void multiply(int64_t, int64_t, const Product<T>&, bool);                                                    \
-  template void pack_rows(const T*, const SdpaStride&, int64_t, int64_t, int64_t, T*);                                  \
-  template void pack_queries(const SdpaProblem&, const UnitRows&, void*, int64_t, T*);                                  \
-  template void pack_unit_rows(const SdpaProblem&, const UnitRows&, const T*, const SdpaStride&, int64_t, int64_t, T*); \
-  template void pack_panels(const T*, const SdpaStride&, int64_t, int64_t, KeyRange, T*);
+#define FC_ATTENTION(S)                                                                                               \
+  template compute_t<S> scores<S>(const SdpaProblem&, const SdpaArgs&, const ScoreTile<S>&);                          \
+  template void dot_products<S>(const ScoreTile<S>&, int64_t);                                                        \
+  template void pack_rows<S>(const S*, const SdpaStride&, int64_t, int64_t, int64_t, compute_t<S>*);                  \
+  template void pack_queries<S>(const SdpaProblem&, const UnitRows&, void*, int64_t, compute_t<S>*);                  \
+  template void pack_unit_rows<S>(const SdpaProblem&, const UnitRows&, const S*, const SdpaStride&, int64_t, int64_t, \
+                                  compute_t<S>*);                                                                     \
+  template void pack_panels<S>(const S*, const SdpaStride&, int64_t, int64_t, KeyRange, compute_t<S>*);
 FC_ATTENTION(float)
 FC_ATTENTION(double)
+FC_ATTENTION(bf16)
+FC_ATTENTION(f16)
 #undef FC_ATTENTION
+template void multiply(int64_t, int64_t, const Product<float>&, bool);
+template void multiply(int64_t, int64_t, const Product<double>&, bool);
 
 }  // namespace fastconv::FASTCONV_TARGET

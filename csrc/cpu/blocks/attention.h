@@ -2,11 +2,14 @@
 //
 // A unit is one head of keys and values of one batch element; its rows are the queries of all heads that share it, one after the
 // other. Keys are cut into blocks and blocks into segments at places that depend on Lkv alone, and so do all sums over keys.
+//
+// Operands are stored as S; what is packed, and everything that is computed, has the type T = compute_t<S>.
 #pragma once
 
 #include "core/kernel.h"
 #include "cpu/blocks/gemm_tile.h"
 #include "cpu/blocks/split.h"
+#include "cpu/simd/half.h"
 
 namespace fastconv::FASTCONV_TARGET {
 
@@ -99,17 +102,18 @@ struct UnitRows {
 };
 
 // Keys as they lie, `count` of a block from `source` on.
-template <class T>
+template <class S>
 struct LooseKeys {
-  const T* source;
+  const S* source;
   SdpaStride stride;
   int64_t count;
-  T* panel;  // [D][kPanel]: each is packed here when it is its turn, and is multiplied while it is in the L1
+  compute_t<S>* panel;  // [D][kPanel]: each is packed here when it is its turn, and is multiplied while it is in the L1
 };
 
 // At most AttentionTile::kRows rows against a block of keys.
-template <class T>
+template <class S>
 struct ScoreTile {
+  using T = compute_t<S>;
   UnitRows rows;
   int64_t first_key;  // of the block
   KeyRange keys;      // those that some row sees, counted from first_key
@@ -119,17 +123,17 @@ struct ScoreTile {
   T* s;        // [rows][s_step]
   int64_t s_step;
   T* slope;                             // [rows][s_step]: what the softcap makes of a small change, where that is wanted
-  const LooseKeys<T>* loose = nullptr;  // in place of k, where no other tile reads these keys
+  const LooseKeys<S>* loose = nullptr;  // in place of k, where no other tile reads these keys
 };
 
 // Fills s[m][j] for the whole vectors that cover `keys`, -inf where a query does not see a key. What is there times the returned
 // factor, which is never negative, is the score in units of log 2.
-template <class T>
-T scores(const SdpaProblem& a, const void* mask, const ScoreTile<T>& tile);
+template <class S>
+compute_t<S> scores(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<S>& tile);
 
 // The plain product of panels: s[m][j] = sum over d of q[m][d] * k[j][d], for the whole vectors that cover `keys`.
-template <class T>
-void dot_products(const ScoreTile<T>& tile, int64_t features);
+template <class S>
+void dot_products(const ScoreTile<S>& tile, int64_t features);
 
 // out[m][c] = sum over d < depth of a[m*a_row + d*a_step] * b[d*b_step + c], plus what is there when `accumulate`. The width is a
 // multiple of the lanes.
@@ -146,32 +150,36 @@ template <class T>
 void multiply(int64_t rows, int64_t width, const Product<T>& product, bool accumulate);
 
 // `count` positions of a head as rows [position][width], zeros from feature `features` on; the width is a multiple of the lanes.
-template <class T>
-void pack_rows(const T* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, T* rows);
+template <class S>
+void pack_rows(const S* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, compute_t<S>* rows);
 
 // The same for `count` rows of a unit, from a tensor with a head for each head of queries.
-template <class T>
-void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const T* source, const SdpaStride& stride, int64_t features,
-                    int64_t width, T* rows);
+template <class S>
+void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const S* source, const SdpaStride& stride, int64_t features,
+                    int64_t width, compute_t<S>* rows);
 
 // Queries of a unit, negated where the scale is negative: what follows then only knows scales that are not.
-template <class T>
-void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, T* rows);
+template <class S>
+void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, compute_t<S>* rows);
 
 // Those panels [panel][features][kPanel] of a block of keys that cover `keys`.
-template <class T>
-void pack_panels(const T* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, T* panels);
+template <class S>
+void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, compute_t<S>* panels);
 
-#define FC_ATTENTION(T)                                                                                                        \
-  extern template T scores(const SdpaProblem&, const void*, const ScoreTile<T>&);                                              \
-  extern template void dot_products(const ScoreTile<T>&, int64_t);                                                             \
-  extern template void multiply(int64_t, int64_t, const Product<T>&, bool);                                                    \
-  extern template void pack_rows(const T*, const SdpaStride&, int64_t, int64_t, int64_t, T*);                                  \
-  extern template void pack_queries(const SdpaProblem&, const UnitRows&, void*, int64_t, T*);                                  \
-  extern template void pack_unit_rows(const SdpaProblem&, const UnitRows&, const T*, const SdpaStride&, int64_t, int64_t, T*); \
-  extern template void pack_panels(const T*, const SdpaStride&, int64_t, int64_t, KeyRange, T*);
+#define FC_ATTENTION(S)                                                                                                      \
+  extern template compute_t<S> scores<S>(const SdpaProblem&, const SdpaArgs&, const ScoreTile<S>&);                          \
+  extern template void dot_products<S>(const ScoreTile<S>&, int64_t);                                                        \
+  extern template void pack_rows<S>(const S*, const SdpaStride&, int64_t, int64_t, int64_t, compute_t<S>*);                  \
+  extern template void pack_queries<S>(const SdpaProblem&, const UnitRows&, void*, int64_t, compute_t<S>*);                  \
+  extern template void pack_unit_rows<S>(const SdpaProblem&, const UnitRows&, const S*, const SdpaStride&, int64_t, int64_t, \
+                                         compute_t<S>*);                                                                     \
+  extern template void pack_panels<S>(const S*, const SdpaStride&, int64_t, int64_t, KeyRange, compute_t<S>*);
 FC_ATTENTION(float)
 FC_ATTENTION(double)
+FC_ATTENTION(bf16)
+FC_ATTENTION(f16)
 #undef FC_ATTENTION
+extern template void multiply(int64_t, int64_t, const Product<float>&, bool);
+extern template void multiply(int64_t, int64_t, const Product<double>&, bool);
 
 }  // namespace fastconv::FASTCONV_TARGET

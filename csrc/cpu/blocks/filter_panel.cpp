@@ -14,8 +14,8 @@ struct Plane {
   int16_t tap_at[kMaxPlane];
 };
 
-template <class T>
-bool find_plane(const FilterSource<T>& source, Plane& plane) {
+template <class S>
+bool find_plane(const FilterSource<S>& source, Plane& plane) {
   int64_t least = source.t_offset[0], greatest = least;
   for (int64_t t = 1; t < source.taps; ++t) {
     least = source.t_offset[t] < least ? source.t_offset[t] : least;
@@ -36,8 +36,9 @@ bool find_plane(const FilterSource<T>& source, Plane& plane) {
 
 }  // namespace
 
-template <class T>
-void pack_filters(const FilterSource<T>& source, int64_t filters, int64_t width, T* panel) {
+template <class S>
+void pack_filters(const FilterSource<S>& source, int64_t filters, int64_t width, compute_t<S>* panel) {
+  using T = compute_t<S>;
   constexpr int kL = kLanes<T>;
   Plane plane;
   const bool contiguous_filters = source.k_step == 1;
@@ -48,7 +49,7 @@ void pack_filters(const FilterSource<T>& source, int64_t filters, int64_t width,
 
   for (int64_t k = 0; k < width; k += kL) {
     const int lanes = filters - k < 0 ? 0 : filters - k < kL ? int(filters - k) : kL;
-    const T* w = source.w + k * source.k_step;
+    const S* w = source.w + k * source.k_step;
     T* out = panel + k;
     const auto at = [&](int64_t t, int64_t c) { return out + (t * source.channels + c) * width; };
 
@@ -95,5 +96,7 @@ void pack_filters(const FilterSource<T>& source, int64_t filters, int64_t width,
 
 template void pack_filters(const FilterSource<float>&, int64_t, int64_t, float*);
 template void pack_filters(const FilterSource<double>&, int64_t, int64_t, double*);
+template void pack_filters(const FilterSource<bf16>&, int64_t, int64_t, float*);
+template void pack_filters(const FilterSource<f16>&, int64_t, int64_t, float*);
 
 }  // namespace fastconv::FASTCONV_TARGET

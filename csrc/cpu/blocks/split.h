@@ -11,10 +11,7 @@ namespace fastconv::FASTCONV_TARGET {
 struct EvenSplit {
   int64_t count, parts, least, larger;  // parts 0 .. larger-1 have least + 1
   FC_INLINE EvenSplit(int64_t count_, int64_t most)
-      : count(count_),
-        parts((count_ + most - 1) / most),
-        least(parts ? count_ / parts : 0),
-        larger(parts ? count_ % parts : 0) {}
+      : count(count_), parts((count_ + most - 1) / most), least(parts ? count_ / parts : 0), larger(parts ? count_ % parts : 0) {}
   FC_INLINE int64_t begin(int64_t part) const { return part * least + (part < larger ? part : larger); }
   FC_INLINE int64_t size(int64_t part) const { return least + (part < larger); }
   FC_INLINE int64_t largest() const { return least + (larger > 0); }

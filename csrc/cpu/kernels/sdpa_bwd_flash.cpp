@@ -2,7 +2,7 @@
 // at a time; the block's gradients of keys and values stay in the L2 while all queries pass.
 //
 //   tile       6 x 64 (AVX-512), blocks/gemm_tile.h, for all five products
-//   transform  keys and values into panels, keys, queries and gradients into rows
+//   transform  keys and values into panels, keys, queries and gradients into rows, halves into floats
 //   multiply   s = q k', p = exp2(s), dp = dout v', ds = p (dp - delta), then dv += p' dout, dk += ds' q, dq += ds k
 //   run        units, or segments of keys whose gradients of the queries are added up in order
 //
@@ -41,16 +41,20 @@ FC_INLINE int64_t segment_of(const SdpaProblem& a) {
 template <class T>
 struct Schedule {
   int64_t units, rows, segments, width, value_width;
-  bool split;  // segments are tasks of their own
+  int64_t distances;  // of the relative bias, for the heads of a unit; its gradient lies behind the unit's dq
+  bool split;         // segments are tasks of their own
 
   FC_INLINE Schedule(const SdpaProblem& a, int64_t threads)
       : units(a.B * a.Hkv),
         rows(unit_rows(a)),
         segments((a.Lkv + segment_of<T>(a) - 1) / segment_of<T>(a)),
         width(round_up(a.D, kLanes<T>)),
-        value_width(round_up(a.Dv, kLanes<T>)) {
+        value_width(round_up(a.Dv, kLanes<T>)),
+        distances(a.bias.given ? round_up(a.Hq / a.Hkv * (a.Lq + a.Lkv - 1), kLanes<T>) : 0) {
     split = segments > 1 && units < threads;
   }
+  // Numbers of a unit's dq and of what lies behind it.
+  FC_INLINE int64_t elements() const { return rows * width + distances; }
 };
 
 template <class T>
@@ -81,10 +85,10 @@ struct RowSums {
 
 FC_INLINE void clear(void* p, int64_t bytes) { __builtin_memset(p, 0, size_t(bytes)); }
 
-template <class T>
+template <class S, class T = compute_t<S>>
 void sum_row(const SdpaProblem& a, const SdpaArgs& args, const RowSums<T>& sums, int64_t place) {
   const int64_t i = place % a.Lq, h = place / a.Lq % a.Hq, b = place / a.Lq / a.Hq;
-  const T *dout = at<T>(args.dout, a.dout, b, h, i), *out = at<T>(args.out, a.out, b, h, i);
+  const S *dout = at<S>(args.dout, a.dout, b, h, i), *out = at<S>(args.out, a.out, b, h, i);
   vec<T> sum = zero<T>();
   for (int64_t d = 0; d < a.Dv; d += kLanes<T>) {
     const int n = a.Dv - d < kLanes<T> ? int(a.Dv - d) : kLanes<T>;
@@ -131,9 +135,9 @@ struct Meeting {
 };
 
 // p and ds of up to kRows rows: [row][kLine].
-template <class T>
+template <class S, class T = compute_t<S>>
 void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, const Scratch<T>& scratch, const RowSums<T>& sums,
-             const Schedule<T>& schedule) {
+             const Schedule<T>& schedule, T* dbias) {
   using B = Block<T>;
   constexpr int64_t kL = kLanes<T>;
   const Parts tiles(at.rows.count, AttentionTile<T>::kRows);
@@ -158,10 +162,10 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
     }
     const UnitRows some{at.rows.b, at.rows.hkv, at.rows.first + row, rows};
     T* const slope = a.softcap != 0 ? scratch.slope : nullptr;
-    const T factor = scores<T>(
-        a, args.mask,
+    const T factor = scores<S>(
+        a, args,
         {some, at.first_key, keys, scratch.q + row * schedule.width, schedule.width, scratch.k_panels, p, B::kLine, slope});
-    dot_products<T>({some, at.first_key, keys, scratch.dout + row * schedule.value_width, schedule.value_width, scratch.v_panels,
+    dot_products<S>({some, at.first_key, keys, scratch.dout + row * schedule.value_width, schedule.value_width, scratch.v_panels,
                      ds, B::kLine, nullptr},
                     a.Dv);
     clear_rest();
@@ -181,6 +185,10 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
         T* dmask = static_cast<T*>(args.dmask) + place * a.Lkv + at.first_key;
         for (int64_t j = keys.begin; j < keys.end; ++j) dmask[j] = row_ds[j];
       }
+      if (dbias) {
+        T* line = dbias + query.h % (a.Hq / a.Hkv) * (a.Lq + a.Lkv - 1) + at.first_key - query.i + a.Lq - 1;
+        for (int64_t j = keys.begin; j < keys.end; ++j) line[j] += row_ds[j];
+      }
       if (!slope) continue;
       for (int64_t j = vectors.begin; j < vectors.end; j += kL) {
         store(row_ds + j, load(row_ds + j) * load(slope + m * B::kLine + j));
@@ -190,8 +198,8 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
 }
 
 // Writes `count` rows of a gradient, times a factor.
-template <class T>
-void write_rows(T* target, int64_t step, int64_t feature_step, const T* rows, int64_t count, int64_t features, int64_t width,
+template <class S, class T = compute_t<S>>
+void write_rows(S* target, int64_t step, int64_t feature_step, const T* rows, int64_t count, int64_t features, int64_t width,
                 T factor) {
   for (int64_t l = 0; l < count; ++l, target += step, rows += width) {
     for (int64_t d = 0; d < features; d += kLanes<T>) {
@@ -207,20 +215,20 @@ void write_rows(T* target, int64_t step, int64_t feature_step, const T* rows, in
 }
 
 // A segment of keys of one unit: their dk and dv, and their share of the unit's dq, [rows][width] times scale, from nothing.
-template <class T>
+template <class S, class T = compute_t<S>>
 void run_segment(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, int64_t segment, const Schedule<T>& schedule,
                  const Scratch<T>& scratch, const RowSums<T>& sums, T* dq) {
   using B = Block<T>;
   constexpr int64_t kL = kLanes<T>;
   const int64_t b = unit / a.Hkv, hkv = unit % a.Hkv, width = schedule.width, value_width = schedule.value_width;
   const int64_t end = a.Lkv < (segment + 1) * segment_of<T>(a) ? a.Lkv : (segment + 1) * segment_of<T>(a);
-  clear(dq, schedule.rows * width * int64_t(sizeof(T)));
+  clear(dq, schedule.elements() * int64_t(sizeof(T)));
   for (int64_t first = segment * segment_of<T>(a); first < end; first += B::kKeys) {
     const int64_t keys = end - first < B::kKeys ? end - first : B::kKeys;
-    const T *k = at<T>(args.k, a.k, b, hkv, first), *v = at<T>(args.v, a.v, b, hkv, first);
-    pack_panels<T>(k, a.k, keys, a.D, {0, keys}, scratch.k_panels);
-    pack_panels<T>(v, a.v, keys, a.Dv, {0, keys}, scratch.v_panels);
-    pack_rows<T>(k, a.k, keys, a.D, width, scratch.k);
+    const S *k = at<S>(args.k, a.k, b, hkv, first), *v = at<S>(args.v, a.v, b, hkv, first);
+    pack_panels<S>(k, a.k, keys, a.D, {0, keys}, scratch.k_panels);
+    pack_panels<S>(v, a.v, keys, a.Dv, {0, keys}, scratch.v_panels);
+    pack_rows<S>(k, a.k, keys, a.D, width, scratch.k);
     clear(scratch.dk, keys * width * int64_t(sizeof(T)));
     clear(scratch.dv, keys * value_width * int64_t(sizeof(T)));
     for (int64_t row = 0; row < schedule.rows; row += B::kRows) {
@@ -229,9 +237,9 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, int64
       seen = meet({seen.begin - first, seen.end - first}, {0, keys});
       if (seen.empty()) continue;
       const Meeting<T> meeting{{b, hkv, row, rows}, first, keys, seen};
-      pack_queries<T>(a, meeting.rows, args.q, width, scratch.q);
-      pack_unit_rows<T>(a, meeting.rows, static_cast<const T*>(args.dout), a.dout, a.Dv, value_width, scratch.dout);
-      weights<T>(a, args, meeting, scratch, sums, schedule);
+      pack_queries<S>(a, meeting.rows, args.q, width, scratch.q);
+      pack_unit_rows<S>(a, meeting.rows, static_cast<const S*>(args.dout), a.dout, a.Dv, value_width, scratch.dout);
+      weights<S>(a, args, meeting, scratch, sums, schedule, args.dbias ? dq + schedule.rows * width : nullptr);
       const int64_t begin = seen.begin / kL * kL, count = seen.end - begin;
       multiply<T>(
           count, value_width,
@@ -242,17 +250,17 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, int64
                   {scratch.ds + begin, B::kLine, 1, scratch.k + begin * width, width, count, dq + row * width, width}, true);
     }
     // The packed queries carry the sign of the scale.
-    write_rows(at<T>(args.dk, a.dk, b, hkv, first), a.dk.l, a.dk.d, scratch.dk, keys, a.D, width,
+    write_rows(at<S>(args.dk, a.dk, b, hkv, first), a.dk.l, a.dk.d, scratch.dk, keys, a.D, width,
                T(a.scale < 0 ? -a.scale : a.scale));
-    write_rows(at<T>(args.dv, a.dv, b, hkv, first), a.dv.l, a.dv.d, scratch.dv, keys, a.Dv, value_width, T(1));
+    write_rows(at<S>(args.dv, a.dv, b, hkv, first), a.dv.l, a.dv.d, scratch.dv, keys, a.Dv, value_width, T(1));
   }
 }
 
-template <class T>
+template <class S, class T = compute_t<S>>
 void write_dq(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, const T* dq, int64_t width) {
   const int64_t group = a.Hq / a.Hkv, b = unit / a.Hkv, hkv = unit % a.Hkv;
   for (int64_t g = 0; g < group; ++g) {
-    write_rows(at<T>(args.dq, a.dq, b, hkv * group + g, 0), a.dq.l, a.dq.d, dq + g * a.Lq * width, a.Lq, a.D, width, T(a.scale));
+    write_rows(at<S>(args.dq, a.dq, b, hkv * group + g, 0), a.dq.l, a.dq.d, dq + g * a.Lq * width, a.Lq, a.D, width, T(a.scale));
   }
 }
 
@@ -272,12 +280,12 @@ struct Memory {
     (void)s;
     sums = round_up(a.B * a.Hq * a.Lq * int64_t(sizeof(T)), 64);
     scratch = arena.used();
-    dq = round_up(schedule.rows * schedule.width * int64_t(sizeof(T)), 64);
+    dq = round_up(schedule.elements() * int64_t(sizeof(T)), 64);
     buffers = schedule.split ? schedule.units * schedule.segments : 2 * threads;
   }
 };
 
-template <class T>
+template <class S, class T = compute_t<S>>
 void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   const int64_t threads = context.machine->threads;
   const Schedule<T> schedule(a, threads);
@@ -292,16 +300,20 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   const auto dq_at = [&](int64_t place) {
     return reinterpret_cast<T*>(scratches + threads * memory.scratch + place * memory.dq);
   };
-  const int64_t places = a.B * a.Hq * a.Lq, elements = schedule.rows * schedule.width;
+  const int64_t places = a.B * a.Hq * a.Lq;
 
   parallel_ranges(context, places, [&](int, int64_t begin, int64_t end) {
-    for (int64_t place = begin; place < end; ++place) sum_row(a, args, sums, place);
+    for (int64_t place = begin; place < end; ++place) sum_row<S>(a, args, sums, place);
     if (!args.dmask || end <= begin) return;
     clear(static_cast<T*>(args.dmask) + begin * a.Lkv, (end - begin) * a.Lkv * int64_t(sizeof(T)));
   });
   const auto add_up = [&](int64_t unit, T* total, const auto& next) {
-    for (int64_t segment = 1; segment < schedule.segments; ++segment) add(total, next(segment), elements);
-    write_dq(a, args, unit, total, schedule.width);
+    for (int64_t segment = 1; segment < schedule.segments; ++segment) add(total, next(segment), schedule.elements());
+    write_dq<S>(a, args, unit, total, schedule.width);
+    if (!args.dbias) return;
+    const int64_t count = a.Hq / a.Hkv * (a.Lq + a.Lkv - 1);
+    __builtin_memcpy(static_cast<T*>(args.dbias) + unit * count, total + schedule.rows * schedule.width,
+                     size_t(count) * sizeof(T));
   };
   if (!schedule.split) {
     parallel_ranges(context, schedule.units, [&](int thread, int64_t begin, int64_t end) {
@@ -309,9 +321,9 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
       T *const total = dq_at(2 * thread), *const more = dq_at(2 * thread + 1);
       for (int64_t unit = begin; unit < end; ++unit) {
         clear(total, schedule.segments > 0 ? 0 : memory.dq);
-        if (schedule.segments > 0) run_segment(a, args, unit, 0, schedule, scratch, sums, total);
+        if (schedule.segments > 0) run_segment<S>(a, args, unit, 0, schedule, scratch, sums, total);
         add_up(unit, total, [&](int64_t segment) {
-          run_segment(a, args, unit, segment, schedule, scratch, sums, more);
+          run_segment<S>(a, args, unit, segment, schedule, scratch, sums, more);
           return more;
         });
       }
@@ -321,7 +333,7 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   parallel_ranges(context, schedule.units * schedule.segments, [&](int thread, int64_t begin, int64_t end) {
     const Scratch<T> scratch = scratch_of(thread);
     for (int64_t place = begin; place < end; ++place) {
-      run_segment(a, args, place / schedule.segments, place % schedule.segments, schedule, scratch, sums, dq_at(place));
+      run_segment<S>(a, args, place / schedule.segments, place % schedule.segments, schedule, scratch, sums, dq_at(place));
     }
   });
   parallel_ranges(context, schedule.units, [&](int, int64_t begin, int64_t end) {
@@ -350,12 +362,14 @@ int64_t workspace(const SdpaProblem& a, const Machine& machine) {
   return 2 * memory.sums + machine.threads * memory.scratch + memory.buffers * memory.dq;
 }
 
-template <class T>
-constexpr Kernel<SdpaProblem> kKernel = {1.0f, reject, cost<T>, workspace<T>, run<T>};
+template <class S>
+constexpr Kernel<SdpaProblem> kKernel = {1.0f, reject, cost<compute_t<S>>, workspace<compute_t<S>>, run<S>};
 
 }  // namespace
 
 extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_f32 = kKernel<float>;
 extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_f64 = kKernel<double>;
+extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_bf16 = kKernel<bf16>;
+extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_f16 = kKernel<f16>;
 
 }  // namespace fastconv::FASTCONV_TARGET

@@ -2,7 +2,7 @@
 // there is never more than a tile of queries against a block.
 //
 //   tile       6 queries x 64 keys, then 6 queries x 64 features (AVX-512), blocks/gemm_tile.h
-//   transform  keys into panels of 64, values into rows: once for each chunk and block
+//   transform  keys into panels of 64, values into rows, halves into floats: once for each chunk and block
 //   multiply   scores, exp2, times values
 //   run        chunks of queries, or chunks x segments of keys, shared out among threads
 //
@@ -84,11 +84,11 @@ struct Values {
   bool exact;  // some value is NaN or infinite: a query must not even multiply by 0 what it does not see
 };
 
-template <class T>
-FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<T>& at, const Values<T>& values, int64_t width,
+template <class S, class T = compute_t<S>>
+FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<S>& at, const Values<T>& values, int64_t width,
                     SoftmaxRows<T> state, bool started) {
   constexpr int64_t kL = kLanes<T>;
-  const T factor = scores<T>(a, args.mask, at);
+  const T factor = scores<S>(a, args, at);
   const int64_t rows = at.rows.count, begin = at.keys.begin / kL * kL, end = round_up(at.keys.end, kL);
   if (!started) {
     for (int64_t m = 0; m < rows; ++m) {
@@ -120,7 +120,7 @@ FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<
 }
 
 // A chunk of queries against one segment of keys, from nothing.
-template <class T>
+template <class S, class T = compute_t<S>>
 void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chunk, int64_t segment, const T* q,
                  const Scratch<T>& scratch, const SoftmaxRows<T>& state) {
   using Tile = AttentionTile<T>;
@@ -131,22 +131,25 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
   for (int64_t t = 0; t < tiles.parts; ++t) scratch.started[t] = 0;
   // Rows that lie as packing would lay them need no copy, and neither do values that a few queries read once.
   const bool rows_of_vectors = a.v.d == 1 && a.Dv % kLanes<T> == 0;
-  const bool in_place = rows_of_vectors && (a.v.l == a.Dv || (tiles.parts == 1 && !is_banded(a)));
+  const bool in_place = !kIsHalf<S> && rows_of_vectors && (a.v.l == a.Dv || (tiles.parts == 1 && !is_banded(a)));
 
   for (int64_t first = all.begin / block * block; first < all.end; first += block) {
     const int64_t count = a.Lkv - first < block ? a.Lkv - first : block;
     const KeyRange seen = meet({all.begin - first, all.end - first}, {0, count});
     T* const panels = scratch.k + (scratch.keeps ? first * a.D : 0);
-    const LooseKeys<T> loose{at<T>(args.k, a.k, chunk.b, chunk.hkv, first), a.k, count, scratch.k};
+    const LooseKeys<S> loose{at<S>(args.k, a.k, chunk.b, chunk.hkv, first), a.k, count, scratch.k};
     const bool once = tiles.parts == 1 && !scratch.keeps;
     if (!once && !(scratch.keeps && scratch.packed[first / block])) {
-      pack_panels<T>(loose.source, a.k, count, a.D, scratch.keeps ? KeyRange{0, count} : seen, panels);
+      pack_panels<S>(loose.source, a.k, count, a.D, scratch.keeps ? KeyRange{0, count} : seen, panels);
       scratch.packed[first / block] = 1;
     }
-    Values<T> values{at<T>(args.v, a.v, chunk.b, chunk.hkv, first), a.v.l, false};
+    const S* const v = at<S>(args.v, a.v, chunk.b, chunk.hkv, first);
+    Values<T> values{scratch.v, width, false};
+    if constexpr (!kIsHalf<S>) {
+      if (in_place) values = {v, a.v.l, false};
+    }
     if (!in_place) {
-      pack_rows<T>(values.v + seen.begin * a.v.l, a.v, seen.end - seen.begin, a.Dv, width, scratch.v + seen.begin * width);
-      values = {scratch.v, width, false};
+      pack_rows<S>(v + seen.begin * a.v.l, a.v, seen.end - seen.begin, a.Dv, width, scratch.v + seen.begin * width);
     }
     values.exact = is_banded(a) && !all_finite(values.v + seen.begin * width, (seen.end - seen.begin) * width);
     for (int64_t t = 0; t < tiles.parts; ++t) {
@@ -156,7 +159,7 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
       if (keys.empty()) continue;
       SoftmaxRows<T> rest = state;
       rest.out += row * width, rest.sums += row * kLanes<T>, rest.most += row;
-      const ScoreTile<T> scores{{chunk.b, chunk.hkv, chunk.first + row, rows},
+      const ScoreTile<S> scores{{chunk.b, chunk.hkv, chunk.first + row, rows},
                                 first,
                                 keys,
                                 q + row * q_width,
@@ -166,7 +169,7 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
                                 Tile::kKeys,
                                 nullptr,
                                 once ? &loose : nullptr};
-      tile(a, args, scores, values, width, rest, scratch.started[t]);
+      tile<S>(a, args, scores, values, width, rest, scratch.started[t]);
       scratch.started[t] = 1;
     }
   }
@@ -180,26 +183,45 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
   }
 }
 
+// What a row's weights add up to, with the sink's where there is one: sum * 2^most. Outputs are to be shrunk before they are
+// divided by it.
 template <class T>
+struct Total {
+  T sum, most, shrink = 1;
+
+  FC_INLINE Total(T keys, T most_of_keys, T sink) : sum(keys), most(most_of_keys) {
+    if (sink == -kInfinity<T>) return;
+    constexpr double kLog2e = 1.4426950408889634074;
+    const T place = T(double(sink) * kLog2e);
+    if (keys == 0 || place > most) {
+      shrink = keys == 0 ? T(0) : exp2_weight(most - place);
+      most = place;
+    }
+    sum = keys * shrink + exp2_weight(place - most);
+  }
+  FC_INLINE T lse() const {
+    constexpr double kLn2 = 0.69314718055994530942;
+    return sum == 0 ? -kInfinity<T> : T(double(most) * kLn2 + __builtin_log(double(sum)));
+  }
+};
+
+template <class S, class T = compute_t<S>>
 void finish(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chunk, const SoftmaxRows<T>& state, int64_t width) {
   QueryRow row = query_row(a, chunk.hkv, chunk.first);
   for (int64_t r = 0; r < chunk.count; ++r, advance(a, row)) {
-    const T sum = reduce_add(load(state.sums + r * kLanes<T>));
-    T* out = at<T>(args.out, a.out, chunk.b, row.h, row.i);
+    const Total<T> total(reduce_add(load(state.sums + r * kLanes<T>)), state.most[r],
+                         args.sink ? static_cast<const T*>(args.sink)[chunk.b * a.Hq + row.h] : -kInfinity<T>);
+    S* out = at<S>(args.out, a.out, chunk.b, row.h, row.i);
     for (int64_t c = 0; c < a.Dv; c += kLanes<T>) {
       const int n = a.Dv - c < kLanes<T> ? int(a.Dv - c) : kLanes<T>;
-      const vec<T> y = sum == 0 ? zero<T>() : load(state.out + r * width + c) / set1(sum);
+      const vec<T> y = total.sum == 0 ? zero<T>() : load(state.out + r * width + c) * set1(total.shrink) / set1(total.sum);
       if (a.out.d == 1) {
         store(out + c, y, n);
       } else {
         store_strided(out + c * a.out.d, a.out.d, y, n);
       }
     }
-    if (args.lse) {
-      constexpr double kLn2 = 0.69314718055994530942;
-      T* lse = static_cast<T*>(args.lse) + (chunk.b * a.Hq + row.h) * a.Lq + row.i;
-      *lse = sum == 0 ? -kInfinity<T> : T(double(state.most[r]) * kLn2 + __builtin_log(double(sum)));
-    }
+    if (args.lse) static_cast<T*>(args.lse)[(chunk.b * a.Hq + row.h) * a.Lq + row.i] = total.lse();
   }
 }
 
@@ -227,7 +249,7 @@ struct Memory {
   }
 };
 
-template <class T>
+template <class S, class T = compute_t<S>>
 void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   const int threads = context.machine->threads;
   const Schedule<T> schedule(a, *context.machine);
@@ -245,13 +267,15 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   };
   // Packed, or where they lie if that is the same.
   const int64_t q_width = round_up(a.D, kLanes<T>);
-  const bool packed =
-      a.q.d == 1 && a.q.l == q_width && a.D == q_width && a.scale >= 0 && (a.Hq == a.Hkv || a.q.h == a.Lq * q_width);
+  const bool packed = !kIsHalf<S> && a.q.d == 1 && a.q.l == q_width && a.D == q_width && a.scale >= 0 &&
+                      (a.Hq == a.Hkv || a.q.h == a.Lq * q_width);
   const auto queries = [&](const UnitRows& chunk, const Scratch<T>& scratch, bool first) -> const T* {
     if (first) __builtin_memset(scratch.packed, 0, size_t(a.Lkv / block_keys<T>(a) + 1));
     const QueryRow row = query_row(a, chunk.hkv, chunk.first);
-    if (packed) return at<T>(args.q, a.q, chunk.b, row.h, row.i);
-    pack_queries<T>(a, chunk, args.q, q_width, scratch.q);
+    if constexpr (!kIsHalf<S>) {
+      if (packed) return at<S>(args.q, a.q, chunk.b, row.h, row.i);
+    }
+    pack_queries<S>(a, chunk, args.q, q_width, scratch.q);
     return scratch.q;
   };
 
@@ -262,12 +286,12 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
       for (int64_t task = begin; task < end; ++task) {
         const UnitRows chunk = chunk_at(a, schedule, task);
         const T* const q = queries(chunk, scratch, task == begin || task % schedule.cut().parts == 0);
-        run_segment(a, args, chunk, 0, q, scratch, total);
+        run_segment<S>(a, args, chunk, 0, q, scratch, total);
         for (int64_t segment = 1; segment < schedule.segments; ++segment) {
-          run_segment(a, args, chunk, segment, q, scratch, next);
+          run_segment<S>(a, args, chunk, segment, q, scratch, next);
           add_segment(total, next, chunk.count, schedule.width);
         }
-        finish(a, args, chunk, total, schedule.width);
+        finish<S>(a, args, chunk, total, schedule.width);
       }
     });
     return;
@@ -277,7 +301,7 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
     for (int64_t place = begin; place < end; ++place) {
       const UnitRows chunk = chunk_at(a, schedule, place / schedule.segments);
       const T* const q = queries(chunk, scratch, true);
-      run_segment(a, args, chunk, place % schedule.segments, q, scratch, state_at(place));
+      run_segment<S>(a, args, chunk, place % schedule.segments, q, scratch, state_at(place));
     }
   });
   parallel_ranges(context, tasks, [&](int, int64_t begin, int64_t end) {
@@ -287,7 +311,7 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
       for (int64_t segment = 1; segment < schedule.segments; ++segment) {
         add_segment(total, state_at(task * schedule.segments + segment), chunk.count, schedule.width);
       }
-      finish(a, args, chunk, total, schedule.width);
+      finish<S>(a, args, chunk, total, schedule.width);
     }
   });
 }
@@ -312,12 +336,14 @@ int64_t workspace(const SdpaProblem& a, const Machine& machine) {
   return machine.threads * memory.scratch + states * memory.state;
 }
 
-template <class T>
-constexpr Kernel<SdpaProblem> kKernel = {1.0f, reject, cost<T>, workspace<T>, run<T>};
+template <class S>
+constexpr Kernel<SdpaProblem> kKernel = {1.0f, reject, cost<compute_t<S>>, workspace<compute_t<S>>, run<S>};
 
 }  // namespace
 
 extern constinit const Kernel<SdpaProblem> sdpa_fwd_flash_f32 = kKernel<float>;
 extern constinit const Kernel<SdpaProblem> sdpa_fwd_flash_f64 = kKernel<double>;
+extern constinit const Kernel<SdpaProblem> sdpa_fwd_flash_bf16 = kKernel<bf16>;
+extern constinit const Kernel<SdpaProblem> sdpa_fwd_flash_f16 = kKernel<f16>;
 
 }  // namespace fastconv::FASTCONV_TARGET

@@ -75,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastconv.bench.readme import main as readme
 
         return readme(words[1:])
+    if words[:1] == ["lengths"]:
+        from fastconv.bench.lengths import main as lengths
+
+        return lengths(words[1:])
     args = _parser().parse_args(words)
     missing = [name for name in ("torch", "rich") if importlib.util.find_spec(name) is None]
     if missing:
@@ -100,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="ops, models, 'model NAME …' or 'call'")
     parser.add_argument("--shape", action="append", default=[], help="a shape string; may be repeated")
     parser.add_argument(
-        "--batch", type=_numbers, help="batch sizes, such as 1,8 (models: default 1; shapes: their own n)"
+        "--batch", type=numbers, help="batch sizes, such as 1,8 (models: default 1; shapes: their own n)"
     )
-    parser.add_argument("--threads", type=_numbers, default=(1,), help="thread counts, such as 1,2 (default 1)")
+    parser.add_argument("--threads", type=numbers, default=(1,), help="thread counts, such as 1,2 (default 1)")
     parser.add_argument(
         "--layout", type=_names("nchw", "nhwc"), default=("nchw", "nhwc"), help="fastconv's layouts (both)"
     )
@@ -133,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(word) for word in text.split(","))
     except ValueError:

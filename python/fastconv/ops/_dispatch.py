@@ -9,7 +9,7 @@ operands: torch.compile, export, tracing, fake tensors, dispatch modes, tensor s
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,13 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
 DTYPES = {torch.float32: "f32", torch.float64: "f64"}
+# With those that only store: their kernels compute in f32.
+WITH_HALVES = {**DTYPES, torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The precision that numbers of this dtype are computed in."""
+    return dtype if dtype in DTYPES else torch.float32
 
 
 def _empty_strided(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -146,11 +153,12 @@ def direct(*tensors: Tensor | None) -> bool:
     return all(t is None or plain(t) for t in tensors)
 
 
-def check_operands(op: str, **tensors: Tensor | None) -> None:
-    """Raises RuntimeError unless all operands are float32, or all float64, on the CPU: for calls through torch.ops."""
+def check_operands(op: str, dtypes: Mapping[torch.dtype, str] = DTYPES, **tensors: Tensor | None) -> None:
+    """Raises RuntimeError unless all operands have one dtype of `dtypes`, on the CPU: for calls through torch.ops."""
     first = next(t for t in tensors.values() if t is not None)
-    if first.dtype not in DTYPES:
-        raise NotImplementedError(f'"fastconv::{op}" not implemented for {first.dtype}, expected float32 or float64')
+    if first.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise NotImplementedError(f'"fastconv::{op}" not implemented for {first.dtype}, expected {expected}')
     for name, t in tensors.items():
         if t is not None and (t.dtype is not first.dtype or t.device != first.device):
             raise RuntimeError(

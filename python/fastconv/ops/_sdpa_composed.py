@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._dispatch import computed_in
+
 if TYPE_CHECKING:
-    from .sdpa import MaybeTensor, Options
+    from .sdpa import MaybeTensor, Operands, Options
 
 _LOW32 = 0xFFFFFFFF
 
@@ -45,72 +47,96 @@ def dropout_factors(shape: Sequence[int], options: Options, like: Tensor) -> Ten
 class _Parts:
     """Scores, weights, and what is hidden, of one attention."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> None:
-        self.options, self.group = options, q.shape[1] // k.shape[1]
-        self.q, self.k, self.v = q, self.shared(k), self.shared(v)
+    def __init__(self, given: Operands | Sequence[Any], options: Options) -> None:
+        q, k, v, mask, bias, sink = given
+        self.options, self.group, self.precision = options, q.shape[1] // k.shape[1], computed_in(q.dtype)
+        stored = q.dtype
+        q = q.to(self.precision)
+        self.q, self.k = q, self.shared(k)
         s = options.scale * (q @ self.k.mT)
         if options.softcap:
             t = torch.tanh(s / options.softcap)
             s, self.slope = options.softcap * t, 1 - t * t
         offset = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
         hidden = (offset < options.low) | (offset > options.high)
+        self.place = offset + (q.shape[2] - 1)
+        if bias is not None:
+            s = s + bias[:, :, self.place]
         if mask is not None and mask.dtype is torch.bool:
             hidden = hidden | ~mask
         elif mask is not None:
-            s = s + mask
-        s = s.masked_fill(hidden, -torch.inf)
+            s = s + mask.to(self.precision)
+        self.scores = s = s.masked_fill(hidden, -torch.inf)
+        self.factors: Tensor | float = dropout_factors(s.shape, options, q) if options.dropout else 1.0
+        self.v = self.shared(v)
         # Subtracting the largest changes no derivative.
         most = s.detach().amax(3, keepdim=True) if k.shape[2] else s.new_zeros(*s.shape[:3], 1)
+        if sink is not None:
+            most = torch.maximum(most, sink.detach()[..., None, None])
         most = torch.where(most == -torch.inf, 0.0, most)
         e = torch.exp(s - most)
         total = e.sum(3, keepdim=True)
+        if sink is not None:
+            total = total + torch.exp(sink[..., None, None] - most)
         dead = total == 0
         total = torch.where(dead, 1.0, total)
         self.weights = e / total
         self.lse = torch.where(dead, -torch.inf, most + torch.log(total)).squeeze(3)
-        self.factors: Tensor | float = dropout_factors(s.shape, options, q) if options.dropout else 1.0
-        self.out = (self.weights * self.factors) @ self.v
+        self.out = ((self.weights * self.factors) @ self.v).to(stored)
 
     def shared(self, t: Tensor) -> Tensor:
+        t = t.to(self.precision)
         return t if self.group == 1 else t.repeat_interleave(self.group, 1)
 
 
-def jvp(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options, tangents: Sequence[MaybeTensor]
-) -> tuple[Tensor, Tensor]:
-    """What moves in out and lse when q, k, v and mask move along tangents; None stands still."""
-    tq, tk, tv, tmask = tangents
-    a = _Parts(q, k, v, mask, options)
+def weights(given: Operands, lse: Tensor, options: Options) -> Tensor:
+    """exp(scores - lse), and what dropout makes of it. Where a query sees nothing, 0."""
+    a = _Parts(given, options)
+    dead = lse == -torch.inf
+    found = torch.exp(a.scores - torch.where(dead, 0.0, lse)[..., None])
+    return (found * a.factors).to(given.q.dtype)
+
+
+def jvp(given: Operands, options: Options, tangents: Sequence[MaybeTensor]) -> tuple[Tensor, Tensor]:
+    """What moves in out and lse when the operands move along tangents; None stands still."""
+    tq, tk, tv, tmask, tbias, tsink = tangents
+    a = _Parts(given, options)
     ts = torch.zeros_like(a.weights)
     if tq is not None:
-        ts = ts + options.scale * (tq @ a.k.mT)
+        ts = ts + options.scale * (tq.to(a.precision) @ a.k.mT)
     if tk is not None:
-        ts = ts + options.scale * (q @ a.shared(tk).mT)
+        ts = ts + options.scale * (a.q @ a.shared(tk).mT)
     if options.softcap:
         ts = ts * a.slope
     if tmask is not None:
-        ts = ts + tmask
+        ts = ts + tmask.to(a.precision)
+    if tbias is not None:
+        ts = ts + tbias[:, :, a.place]
     tlse = (a.weights * ts).sum(3)
+    if tsink is not None and given.sink is not None:
+        tlse = tlse + torch.exp(given.sink[..., None] - a.lse) * tsink[..., None]
     tout = (a.weights * (ts - tlse[..., None]) * a.factors) @ a.v
     if tv is not None:
         tout = tout + (a.weights * a.factors) @ a.shared(tv)
-    return tout, tlse
+    return tout.to(given.q.dtype), tlse
 
 
 def double_backward(
     inputs: Sequence[MaybeTensor], options: Options, g: Sequence[MaybeTensor], needed: Sequence[bool]
 ) -> list[MaybeTensor]:
-    """The gradients of the inputs (dout, dlse, q, k, v, mask), where needed, of sdpa_bwd's outputs with gradients g."""
+    """The gradients of the inputs (dout, dlse and the operands), where needed, of sdpa_bwd's outputs with gradients g."""
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves: list[Any] = []
         for t in inputs:
             wants = t is not None and t.is_floating_point()
-            # Kept in the caller's graph where there is one: any order of derivatives.
-            leaves.append(t if t is None or t.requires_grad else t.detach().requires_grad_(wants))
-        dout, dlse, q, k, v, mask = leaves
-        a = _Parts(q, k, v, mask, options)
-        moving = [q, k, v, *([mask] if mask is not None and mask.is_floating_point() else [])]
+            # Part of the caller's graph where there is one, for any order of derivatives, but not the caller's own tensor: dout
+            # is made of out, and what it says of q by way of out is not asked here.
+            leaves.append(t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_(wants))
+        dout, dlse, *given = leaves
+        a = _Parts(given, options)
+        more = [(place, t) for place, t in enumerate(given) if t is not None and t.is_floating_point()]
+        moving, g = [t for _, t in more], [g[place] for place, _ in more]
         outs, grads = [a.out], [dout]
         if dlse is not None:
             outs.append(a.lse)
@@ -118,7 +144,7 @@ def double_backward(
         first = torch.autograd.grad(outs, moving, grads, create_graph=True)
         pairs = [(f, t) for f, t in zip(first, g) if t is not None and f.requires_grad]
         wanted = [i for i, need in enumerate(needed) if need and leaves[i] is not None]
-        found: list[MaybeTensor] = [None] * 6
+        found: list[MaybeTensor] = [None] * len(inputs)
         if pairs and wanted:
             targets = [leaves[i] for i in wanted]
             second = torch.autograd.grad(

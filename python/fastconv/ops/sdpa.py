@@ -1,11 +1,16 @@
 """Scaled dot product attention: schemas, kernels, fakes, derivatives.
 
-    sdpa_fwd   out (B, Hq, Lq, Dv), lse (B, Hq, Lq)  of q (B, Hq, Lq, D), k (B, Hkv, Lkv, D), v (B, Hkv, Lkv, Dv), mask
-    sdpa_bwd   the gradients of q, k, v and mask from those of out and lse
+    sdpa_fwd   out (B, Hq, Lq, Dv), lse (B, Hq, Lq)  of q (B, Hq, Lq, D), k (B, Hkv, Lkv, D), v (B, Hkv, Lkv, Dv) and more
+    sdpa_bwd   the gradients of q, k, v, mask, bias and sink from those of out and lse
 
-The mask has 4 dimensions, of size 1 where it is broadcast. First derivatives run on kernels and store nothing of size Lq x Lkv;
-only the gradient of a mask has that size, since it is one. Second derivatives and forward mode are composed of torch's operations
-(`_sdpa_composed`), which do.
+The mask has 4 dimensions; bias (B, Hq, Lq + Lkv - 1) has a number for each distance j - i, from 1 - Lq on; sink (B, Hq) is the
+score of a key that every query sees and whose value is 0. All are of size 1 where they are broadcast.
+
+First derivatives run on kernels and store nothing of size Lq x Lkv; only the gradient of a mask has that size, since it is one.
+Second derivatives and forward mode are composed of torch's operations (`_sdpa_composed`), which do.
+
+bfloat16 and float16 are how operands are stored: kernels compute in float32, and lse is float32 beside them. A mask may be of the
+operands' dtype or of the one that they are computed in, which bias and sink have.
 """
 
 from __future__ import annotations
@@ -19,11 +24,22 @@ from torch.autograd import Function
 from .. import plan
 from . import _sdpa_composed as composed
 from ._conv2d_kernels import TAGS, library
-from ._dispatch import DTYPES, KERNEL, check_operands, check_shape, way
+from ._dispatch import KERNEL, WITH_HALVES, check_operands, check_shape, computed_in, way
 from .autograd import call, derive, run
 
 Context: TypeAlias = Any
 MaybeTensor: TypeAlias = Tensor | None
+
+
+class Operands(NamedTuple):
+    """What attention is a function of, besides its options."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: MaybeTensor = None
+    bias: MaybeTensor = None
+    sink: MaybeTensor = None
 
 
 class Options(NamedTuple):
@@ -56,17 +72,18 @@ def _plan(
     if not (B and Hq and Lq):
         return None
     band, dropout = (options.low, options.high), (options.dropout, options.key)
-    problem = plan.sdpa_problem(DTYPES[dtype], named, mask_kind, options.scale, band, options.softcap, dropout)
+    problem = plan.sdpa_problem(WITH_HALVES[dtype], named, mask_kind, options.scale, band, options.softcap, dropout)
     shapes = tuple(named[name][0] for name in ("q", "k", "v"))
-    return plan.make(op, problem, DTYPES[dtype], shapes, threads, force, strict)
+    return plan.make(op, problem, WITH_HALVES[dtype], shapes, threads, force, strict)
 
 
 def _find(op: str, options: Options, tensors: dict[str, MaybeTensor]) -> plan.Plan | None:
-    mask = tensors.get("mask")
-    kind = "none" if mask is None else "boolean" if mask.dtype is torch.bool else "additive"
-    operands = tuple((name, tuple(t.shape), t.stride()) for name, t in tensors.items() if t is not None)
-    q = tensors["q"]
+    mask, q = tensors.get("mask"), tensors["q"]
     assert q is not None
+    kind = "none" if mask is None else "boolean" if mask.dtype is torch.bool else "additive"
+    if kind == "additive" and mask is not None and mask.dtype is not q.dtype:
+        kind = "wide"
+    operands = tuple((name, tuple(t.shape), t.stride()) for name, t in tensors.items() if t is not None)
     made: plan.Plan | None = _plan(
         op, q.dtype, operands, kind, options, torch.get_num_threads(), plan.forced.get().get(op, ""), plan.strict
     )
@@ -85,72 +102,112 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((B, H, L, v.shape[3]))
 
 
-def _fwd(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *options: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:3])
-    return _run(q, k, v, mask, Options(*options), lse), lse
+def _row_numbers(q: Tensor) -> Tensor:
+    """An empty log-sum-exp (B, Hq, Lq)."""
+    return q.new_empty(q.shape[:3], dtype=computed_in(q.dtype))
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options, lse: MaybeTensor) -> Tensor:
+def _whole_bias(bias: MaybeTensor, q: Tensor) -> MaybeTensor:
+    return None if bias is None else bias.expand(*q.shape[:2], -1)
+
+
+def _whole_sink(sink: MaybeTensor, q: Tensor) -> MaybeTensor:
+    return None if sink is None else sink.expand(q.shape[:2]).contiguous()
+
+
+def _fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    lse = _row_numbers(inputs[0])
+    return _run(Operands(*inputs[:6]), Options(*inputs[6:]), lse), lse
+
+
+def _run(given: Operands, options: Options, lse: MaybeTensor) -> Tensor:
+    q, k, v, mask, bias, sink = given
     mask, out = _expanded(mask, q, k), _output(q, v)
-    made = _find("sdpa_fwd", options, {"q": q, "k": k, "v": v, "mask": mask, "out": out})
+    bias, sink = _whole_bias(bias, q), _whole_sink(sink, q)
+    made = _find("sdpa_fwd", options, {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "out": out})
     if made is not None:
-        optional = [0 if t is None else t.data_ptr() for t in (mask, lse)]
-        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), optional[0], out.data_ptr(), optional[1]
-        made.execute(*addresses, 0, 0, 0, 0, 0, 0)
+        made.execute(*_addresses(q, k, v, mask, out, lse, None, None, None, None, None, None, bias, sink, None))
     return out
 
 
-def _bwd(
-    dout: Tensor,
-    dlse: MaybeTensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: MaybeTensor,
-    out: Tensor,
-    lse: Tensor,
-    mask_gradient: bool,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    whole = _expanded(mask, q, k)
+def _addresses(*tensors: MaybeTensor) -> tuple[int, ...]:
+    """Of SdpaArgs, in its order."""
+    return tuple(0 if t is None else t.data_ptr() for t in tensors)
+
+
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _bwd(dout: Tensor, dlse: MaybeTensor, *rest: Any) -> Gradients:
+    """The gradients of all operands; those of mask, bias and sink where `wanted` says so, else empty."""
+    given, out, lse, wanted, options = Operands(*rest[:6]), rest[6], rest[7], rest[8], Options(*rest[9:])
+    q, k, v, mask, bias, sink = given
+    whole, biases = _expanded(mask, q, k), _whole_bias(bias, q)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dmask = q.new_empty((*q.shape[:3], k.shape[2]) if mask_gradient else (0,))
-    operands = {"q": q, "k": k, "v": v, "mask": whole, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
-    made = _find("sdpa_bwd", Options(*options), operands)
-    if made is None:
-        return (
-            dq.zero_(),
-            dk.zero_(),
-            dv.zero_(),
-            dmask.new_zeros(mask.shape if mask_gradient and mask is not None else (0,)),
-        )
+    precision, rows = computed_in(q.dtype), tuple(q.shape[:3])
+    dmask = q.new_empty((*rows, k.shape[2]), dtype=precision) if wanted[0] else None
+    dbias = q.new_empty(biases.shape, dtype=precision) if wanted[1] and biases is not None else None
     dlse = None if dlse is None else dlse.contiguous()
-    made.execute(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if whole is None else whole.data_ptr(),
-        out.data_ptr(), lse.contiguous().data_ptr(), dout.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
-        dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dmask.data_ptr() if mask_gradient else 0,
-    )  # fmt: skip
-    if mask_gradient and mask is not None:
-        dmask = dmask.sum_to_size(mask.shape)
-    return dq, dk, dv, dmask
+    lse = lse.contiguous()
+    operands = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": whole,
+        "bias": biases,
+        "out": out,
+        "dout": dout,
+        "dq": dq,
+        "dk": dk,
+        "dv": dv,
+    }
+    made = _find("sdpa_bwd", options, operands)
+    if made is None:
+        for t in (dq, dk, dv, dmask, dbias):
+            if t is not None:
+                t.zero_()
+    else:
+        made.execute(*_addresses(q, k, v, whole, out, lse, dout, dlse, dq, dk, dv, dmask, biases, None, dbias))
+    dsink = _sink_gradient(dout, dlse, out, lse, sink) if wanted[2] and sink is not None else None
+    more = zip((dmask, dbias, dsink), (mask, bias, sink))
+    dmask, dbias, dsink = (
+        _nothing(q) if d is None or t is None else d.sum_to_size(t.shape).to(t.dtype) for d, t in more
+    )
+    return dq, dk, dv, dmask, dbias, dsink
+
+
+def _sink_gradient(dout: Tensor, dlse: MaybeTensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """A sink's weight is exp(sink - lse), and its value 0."""
+    flow = -(dout.to(lse.dtype) * out.to(lse.dtype)).sum(3)
+    flow = flow if dlse is None else flow + dlse
+    return (torch.exp(sink[..., None] - lse) * flow).sum(2)
+
+
+def _nothing(q: Tensor) -> Tensor:
+    """What stands for a gradient that nobody wants."""
+    return q.new_empty((0,))
 
 
 # ---- Registration ---------------------------------------------------------------------------------------------------------
 
 _OPTIONS = "float scale, SymInt low, SymInt high, float softcap, float dropout, int key"
-library.define(f"sdpa_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor)", tags=TAGS)
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sink"
+library.define(f"sdpa_fwd({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=TAGS)
 library.define(
-    "sdpa_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, "
-    f"bool mask_gradient, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"sdpa_bwd(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, bool[] wanted, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=TAGS,
 )
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, p: float) -> None:
+def _check(op: str, given: Operands, p: float) -> None:
     """Raises RuntimeError unless the operands make one attention: the registered ops are open to anybody."""
+    q, k, v, mask, bias, sink = given
     if min(q.dim(), k.dim(), v.dim()) != 4 or max(q.dim(), k.dim(), v.dim()) != 4:
         raise RuntimeError(f"fastconv::{op}: q, k, v have {q.dim()}, {k.dim()} and {v.dim()} dimensions, expected 4")
-    check_operands(op, q=q, k=k, v=v, mask=None if mask is not None and mask.dtype is torch.bool else mask)
+    check_operands(op, WITH_HALVES, q=q, k=k, v=v)
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype, computed_in(q.dtype)):
+        raise RuntimeError(f"fastconv::{op}: mask is {mask.dtype}, expected bool, {q.dtype} or {computed_in(q.dtype)}")
     check_shape(op, "k", k.shape, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]))
     check_shape(op, "v", v.shape, (*k.shape[:3], v.shape[3]))
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -164,34 +221,48 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, p: float
             raise RuntimeError(
                 f"fastconv::{op}: mask has shape {list(mask.shape)} on {mask.device}, expected {list(scores)} or 1s"
             )
+    precision = computed_in(q.dtype)
+    for name, t, sizes in (("bias", bias, (max(q.shape[2] + k.shape[2] - 1, 0),)), ("sink", sink, ())):
+        whole = (*q.shape[:2], *sizes)
+        if t is None:
+            continue
+        fits = t.dim() == len(whole) and all(m in (1, s) for m, s in zip(t.shape, whole[:2])) and t.shape[2:] == sizes
+        if not fits or t.dtype is not precision or t.device != q.device:
+            raise RuntimeError(
+                f"fastconv::{op}: {name} is {t.dtype} of shape {list(t.shape)}, expected {precision} of {list(whole)} or 1s"
+            )
     if not 0 <= p <= 1:
         raise RuntimeError(f"fastconv::{op}: dropout is {p}, expected a probability")
 
 
-def _fwd_impl(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *options: Any) -> tuple[Tensor, Tensor]:
-    _check("sdpa_fwd", q, k, v, mask, options[4])
-    return _fwd(q, k, v, mask, *options)
+def _fwd_impl(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _check("sdpa_fwd", Operands(*inputs[:6]), Options(*inputs[6:]).dropout)
+    return _fwd(*inputs)
 
 
-def _bwd_impl(dout: Tensor, dlse: MaybeTensor, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *rest: Any) -> Any:
-    out, lse, mask_gradient, *options = rest
-    _check("sdpa_bwd", q, k, v, mask, options[4])
-    check_operands("sdpa_bwd", q=q, dout=dout, dlse=dlse, out=out, lse=lse)
+def _bwd_impl(dout: Tensor, dlse: MaybeTensor, *rest: Any) -> Gradients:
+    given, out, lse = Operands(*rest[:6]), rest[6], rest[7]
+    q, v = given.q, given.v
+    _check("sdpa_bwd", given, Options(*rest[9:]).dropout)
+    check_operands("sdpa_bwd", WITH_HALVES, q=q, dout=dout, out=out)
+    check_operands("sdpa_bwd", {computed_in(q.dtype): ""}, lse=lse, dlse=dlse)
     for name, t in (("dout", dout), ("out", out)):
         check_shape("sdpa_bwd", name, t.shape, (*q.shape[:3], v.shape[3]))
     check_shape("sdpa_bwd", "lse", lse.shape, tuple(q.shape[:3]))
     if dlse is not None:
         check_shape("sdpa_bwd", "dlse", dlse.shape, tuple(q.shape[:3]))
-    return _bwd(dout, dlse, q, k, v, mask, out, lse, mask_gradient, *options)
+    return _bwd(dout, dlse, *rest)
 
 
-def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _output(q, v), q.new_empty(q.shape[:3])
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _output(q, v), _row_numbers(q)
 
 
-def _bwd_fake(dout: Tensor, dlse: MaybeTensor, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *rest: Any) -> Any:
-    shape = mask.shape if rest[2] and mask is not None else (0,)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(shape)
+def _bwd_fake(dout: Tensor, dlse: MaybeTensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
+    mask, bias, sink = (
+        t.new_empty(t.shape) if wants and t is not None else _nothing(q) for t, wants in zip(rest[:3], rest[5])
+    )
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), mask, bias, sink
 
 
 library.impl("sdpa_fwd", _fwd_impl, "CPU")
@@ -222,83 +293,75 @@ def _split(info: Any, t: Tensor) -> Tensor:
 
 class _Sdpa(Function):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *options: Any) -> tuple[Tensor, Tensor]:
-        return run(_fwd, _ops.sdpa_fwd, (q, k, v, mask), *options)  # type: ignore[no-any-return, arg-type]
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return run(_fwd, _ops.sdpa_fwd, inputs[:6], *inputs[6:])  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, mask, *ctx.options = inputs
-        ctx.save_for_backward(q, k, v, mask, *output)
-        ctx.save_for_forward(q, k, v, mask)
+        ctx.options = inputs[6:]
+        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.save_for_forward(*inputs[:6])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Context, dout: MaybeTensor, dlse: MaybeTensor) -> Any:
         nothing = (None,) * len(ctx.options)
         if dout is None and dlse is None:
-            return None, None, None, None, *nothing
-        q, k, v, mask, out, lse = ctx.saved_tensors
-        wants = mask is not None and ctx.needs_input_grad[3]
+            return *(None,) * 6, *nothing
+        *given, out, lse = ctx.saved_tensors
+        wanted = [t is not None and needed for t, needed in zip(given[3:], ctx.needs_input_grad[3:6])]
         dout = torch.zeros_like(out) if dout is None else dout
-        dq, dk, dv, dmask = _backward(dout, dlse, q, k, v, mask, out, lse, wants, *ctx.options)
-        return dq, dk, dv, dmask if wants else None, *nothing
+        dq, dk, dv, *more = _backward(dout, dlse, *given, out, lse, wanted, *ctx.options)
+        return dq, dk, dv, *(d if wants else None for d, wants in zip(more, wanted)), *nothing
 
     @staticmethod
-    def jvp(ctx: Context, tq: MaybeTensor, tk: MaybeTensor, tv: MaybeTensor, tmask: MaybeTensor, *_: Any) -> Any:
-        q, k, v, mask = ctx.saved_tensors
-        return composed.jvp(q, k, v, mask, Options(*ctx.options), (tq, tk, tv, tmask))
+    def jvp(ctx: Context, *tangents: Any) -> Any:
+        return composed.jvp(Operands(*ctx.saved_tensors), Options(*ctx.options), tangents[:6])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        q, k, v, mask = _merged(info, in_dims[:4], inputs[:4])
-        out, lse = sdpa(q, k, v, mask, Options(*inputs[4:]))
+        merged = _merged(info, in_dims[:6], inputs[:6])
+        out, lse = sdpa(Operands(*merged), Options(*inputs[6:]))
         return (_split(info, out), _split(info, lse)), (0, 0)
 
 
 class _SdpaBackward(Function):
     @staticmethod
-    def forward(dout: Tensor, dlse: MaybeTensor, q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, *rest: Any) -> Any:
-        out, lse, *what = rest
-        return run(_bwd, _ops.sdpa_bwd, (dout, dlse, q, k, v, mask, out, lse), *what)  # type: ignore[arg-type]
+    def forward(*inputs: Any) -> Any:
+        return run(_bwd, _ops.sdpa_bwd, inputs[:10], *inputs[10:])
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Any) -> None:
-        (
-            *tensors,
-            _,
-            _,
-            ctx.wants,
-        ) = inputs[:9]
-        ctx.options = inputs[9:]
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.options = inputs[11:]
+        ctx.save_for_backward(*inputs[:8])
+        ctx.save_for_forward(*inputs[:8])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Context, *g: MaybeTensor) -> Any:
         # out and lse are functions of the others: what flows through them is part of what flows through those.
-        found = composed.double_backward(ctx.saved_tensors, Options(*ctx.options), g, ctx.needs_input_grad[:6])
+        found = composed.double_backward(ctx.saved_tensors, Options(*ctx.options), g, ctx.needs_input_grad[:8])
         return *found, None, None, None, *(None,) * len(ctx.options)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        *tensors, wants = inputs[:9]
-        mask = tensors[5]
-        if wants:
-            # A mask that is shared has a gradient for each: one that is not.
-            tensors[5] = (
-                mask.expand(info.batch_size, *mask.shape) if in_dims[5] is None else mask.movedim(in_dims[5], 0)
-            )
-            in_dims = (*in_dims[:5], 0, *in_dims[6:])
-        merged = _merged(info, in_dims[:8], tuple(tensors))
-        *found, dmask = _backward(*merged, wants, *inputs[9:])
-        if wants:
-            dmask = _split(info, dmask).sum_to_size(tensors[5].shape)
-        return (*(_split(info, t) for t in found), dmask), (0, 0, 0, 0 if wants else None)
+        tensors, wanted, dims = list(inputs[:10]), inputs[10], list(in_dims[:10])
+        for place, wants in zip((5, 6, 7), wanted):
+            if wants:
+                # What is shared has a gradient for each: it is made one that is not.
+                t, dim = tensors[place], dims[place]
+                tensors[place] = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+                dims[place] = 0
+        found = list(_backward(*_merged(info, tuple(dims), tuple(tensors)), wanted, *inputs[11:]))
+        found[:3] = [_split(info, t) for t in found[:3]]
+        for place, wants in zip((3, 4, 5), wanted):
+            if wants:
+                found[place] = _split(info, found[place]).sum_to_size(tensors[place + 2].shape)
+        return tuple(found), (0, 0, 0, *(0 if wants else None for wants in wanted))
 
 
 def _backward(*inputs: Any) -> Any:
-    return call(_SdpaBackward, _bwd, _ops.sdpa_bwd, inputs[:8], *inputs[8:])
+    return call(_SdpaBackward, _bwd, _ops.sdpa_bwd, inputs[:10], *inputs[10:])
 
 
 derive("sdpa_fwd", _Sdpa, _Sdpa.vmap, library)
@@ -308,17 +371,18 @@ derive("sdpa_bwd", _SdpaBackward, _SdpaBackward.vmap, library)
 # ---- Public ---------------------------------------------------------------------------------------------------------------
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> tuple[Tensor, Tensor]:
+def sdpa(given: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """The outputs (B, Hq, Lq, Dv) and their log-sum-exp (B, Hq, Lq), on checked arguments."""
-    return _sdpa(q, k, v, mask, options)
+    return call(_Sdpa, _fwd, _ops.sdpa_fwd, given, *options)  # type: ignore[no-any-return, arg-type]
 
 
-def sdpa_out(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> Tensor:
+def sdpa_out(given: Operands, options: Options) -> Tensor:
     """The outputs alone: where no derivative needs the log-sum-exp, its logarithms are not taken."""
-    if way(q, k, v, mask) is KERNEL:
-        return _run(q, k, v, mask, options, None)
-    return _sdpa(q, k, v, mask, options)[0]
+    if way(*given) is KERNEL:
+        return _run(given, options, None)
+    return sdpa(given, options)[0]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, options: Options) -> tuple[Tensor, Tensor]:
-    return call(_Sdpa, _fwd, _ops.sdpa_fwd, (q, k, v, mask), *options)  # type: ignore[no-any-return, arg-type]
+def weights(given: Operands, lse: Tensor, options: Options) -> Tensor:
+    """What an attention multiplied values with, (B, Hq, Lq, Lkv), dropout applied: by torch's operations, with gradients."""
+    return composed.weights(given, lse, options)

@@ -4,7 +4,8 @@
 
 g is the number of heads of keys and values, q and k the number of queries and keys, v the features of a value. Words behind the
 layout: causal (from the upper left corner), lower (causal from the lower right), window5 (at most 5 keys back), mask_<the
-dimensions of bhqk it has>, bool (otherwise the mask is added), cap3 (softcap), scale-0.5, drop0.3.
+dimensions of bhqk it has>, bool (otherwise the mask is added), cap3 (softcap), scale-0.5, drop0.3, bias_<bh, those that a bias
+by distance has>, sink.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class SdpaCase:
     softcap: float = 0.0
     scale: float | None = None
     dropout: float = 0.0
+    bias: str | None = None
+    sink: bool = False
 
     @property
     def factor(self) -> float:
@@ -100,19 +103,49 @@ class SdpaCase:
             "dk": ((*keys, self.D), dk),
             "dv": ((*keys, self.Dv), dv),
             "dmask": (scores, "nchw"),
+            "bias": ((self.N, self.Hq, 1, self.distances), f"mask_{self.bias or ''}k"),
+            "sink": ((self.N, self.Hq, 1, 1), "nchw"),
+            "dbias": ((self.N, self.Hq, 1, self.distances), "nchw"),
         }
+
+    @property
+    def distances(self) -> int:
+        """Numbers of a bias: one for each distance of a key from its query."""
+        return max(self.Lq + self.Lkv - 1, 0)
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """The operands of the problem's own dtype; others have the one that is computed in, or are bytes."""
+        mask = ("mask",) * (bool(self.mask) and not self.boolean)
+        return frozenset(("q", "k", "v", "out", "dout", "dq", "dk", "dv", *mask))
 
     def operands(self, op: str) -> tuple[str, ...]:
         """What the op reads and writes here."""
         mask = ("mask",) * bool(self.mask)
         dmask = ("dmask",) * (op == "sdpa_bwd" and bool(self.mask) and not self.boolean)
-        return (*READS[op], *mask, *WRITES[op], *dmask)
+        return (
+            *READS[op],
+            *mask,
+            *self.added(op),
+            *WRITES[op],
+            *dmask,
+            *("dbias",) * (op == "sdpa_bwd" and self.biased),
+        )
+
+    @property
+    def biased(self) -> bool:
+        return self.bias is not None
+
+    def added(self, op: str) -> tuple[str, ...]:
+        """Backward has the sink in lse."""
+        return ("bias",) * self.biased + ("sink",) * (self.sink and op == "sdpa_fwd")
 
     def __str__(self) -> str:
         sizes = f"n{self.N}h{self.Hq}g{self.Hkv}q{self.Lq}k{self.Lkv}d{self.D}v{self.Dv}"
         words = [self.causal] * bool(self.causal) + [f"window{self.window}"] * (self.window >= 0)
         words += [f"mask_{self.mask}"] * bool(self.mask) + ["bool"] * self.boolean
         words += [f"cap{self.softcap:g}"] * bool(self.softcap) + [f"drop{self.dropout:g}"] * bool(self.dropout)
+        words += [f"bias_{self.bias}"] * self.biased + ["sink"] * self.sink
         words += [] if self.scale is None else [f"scale{self.scale:g}"]
         return "+".join([f"{sizes}-{self.layout}", *words])
 
@@ -131,15 +164,19 @@ def parse_sdpa(text: str) -> SdpaCase | None:
     for word in filter(None, m[9].split("+")):
         if word in ("causal", "lower"):
             options["causal"] = word
-        elif word == "bool":
-            options["boolean"] = True
+        elif word in ("bool", "sink"):
+            options["boolean" if word == "bool" else "sink"] = True
+        elif re.fullmatch(r"bias_b?h?", word):
+            options["bias"] = word.removeprefix("bias_")
         elif number := re.fullmatch(r"(window|cap|drop|scale)(-?[\d.e-]+)", word):
             name = {"window": "window", "cap": "softcap", "drop": "dropout", "scale": "scale"}[number[1]]
             options[name] = int(number[2]) if name == "window" else float(number[2])
         elif re.fullmatch(r"mask_b?h?q?k?", word):
             options["mask"] = word.removeprefix("mask_")
         else:
-            raise ValueError(f"expected causal, lower, window, mask_, bool, cap, drop or scale, got {word!r}")
+            raise ValueError(
+                f"expected causal, lower, window, mask_, bool, cap, drop, bias_, sink or scale, got {word!r}"
+            )
     N, Hq, Hkv, Lq, Lkv, D, Dv = (int(v) for v in m.groups()[:7])
     return SdpaCase(N, Hq, Hkv, Lq, Lkv, D, Dv, m[8], **options)
 
@@ -154,14 +191,18 @@ def native_sdpa(native: Any, case: SdpaCase, dtype: str) -> Any:
     every = [strides[name] for name in ("q", "k", "v", "out", "mask")]
     gradients = [strides[name] for name in ("dout", "dq", "dk", "dv")]
     options |= {"strides": every, "gradient_strides": gradients}
+    if case.biased:
+        b, h, _, step = strides["bias"]
+        options["bias"] = (b, h, step)
     return native.SdpaProblem(dtype=dtype, scale=case.factor, mask_kind=kind, key=KEY, **options)
 
 
-def sdpa_inputs(op: str, case: SdpaCase, values: fill.Fill) -> Arrays:
-    """Logical arrays of what the op reads. Elements that a layout repeats are repeated."""
+def sdpa_inputs(op: str, case: SdpaCase, values: fill.Fill, dtype: str = "f32") -> Arrays:
+    """Logical arrays of what the op reads, as the dtype holds them. Elements that a layout repeats are repeated."""
     shapes = case.shapes
     inputs: Arrays = {}
-    for name in ("q", "k", "v", *(["mask"] if case.mask else []), *(["dout", "dlse"] if op == "sdpa_bwd" else [])):
+    more = ["mask"] * bool(case.mask) + ["bias"] * case.biased + ["sink"] * case.sink
+    for name in ("q", "k", "v", *more, *(["dout", "dlse"] if op == "sdpa_bwd" else [])):
         shape, layout = shapes[name]
         steps = strides_of(shape, layout)[0]
         data = (fill.normal if name == "mask" else values)(f"{case}{name}", shape)
@@ -169,15 +210,19 @@ def sdpa_inputs(op: str, case: SdpaCase, values: fill.Fill) -> Arrays:
             # One key in four is hidden, and one query in four sees nothing.
             hidden = (data < -0.7) | ((np.arange(case.Lq) % 4 == 3)[:, None] & ("q" in case.mask))
             data = ~hidden if case.boolean else np.where(hidden, -np.inf, data)
+        if name in case.stored:
+            data = tolerance.stored(data, dtype)
         inputs[name] = np.broadcast_to(data[tuple(slice(None if step else 1) for step in steps)], shape)
     if op == "sdpa_bwd":
-        a = reference.sdpa(inputs["q"], inputs["k"], inputs["v"], inputs.get("mask"), **_options(case))
-        inputs |= {"out": a.out, "lse": a.lse[..., None]}
+        a = reference.sdpa(inputs["q"], inputs["k"], inputs["v"], inputs.get("mask"), **_options(case, inputs))
+        inputs |= {"out": tolerance.stored(a.out, dtype), "lse": a.lse[..., None]}
     return inputs
 
 
-def _options(case: SdpaCase) -> dict[str, Any]:
-    return {"scale": case.factor, "band": case.band, "softcap": case.softcap, "dropout": (case.dropout, KEY)}
+def _options(case: SdpaCase, inputs: Arrays) -> dict[str, Any]:
+    options = {"scale": case.factor, "band": case.band, "softcap": case.softcap, "dropout": (case.dropout, KEY)}
+    added = {"bias": inputs["bias"][:, :, 0]} if case.biased else {}
+    return options | added | ({"sink": inputs["sink"][:, :, 0, 0]} if case.sink else {})
 
 
 Allowed = Callable[[str, np.dtype[Any]], Array]
@@ -202,6 +247,9 @@ class _Errors:
         mask = self.inputs.get("mask")
         products: Array = np.abs(self.inputs["q"]) @ self.shared(np.abs(self.inputs["k"])).swapaxes(2, 3)
         sizes = abs(self.case.factor) * products + self.case.softcap
+        if self.case.biased:
+            places = reference.distances(self.case.Lq, self.case.Lkv)
+            sizes = sizes + np.abs(self.inputs["bias"])[:, :, 0][:, :, places]
         return sizes if mask is None or self.case.boolean else sizes + np.abs(np.where(np.isinf(mask), 0, mask))
 
     def shared(self, x: Array) -> Array:
@@ -221,6 +269,8 @@ class _Errors:
         average = (self.a.weights * tolerance.bound(self.sizes, dtype)).sum(axis=3, keepdims=True)
         finite = np.where(np.isinf(self.a.lse), 0.0, self.a.lse)[..., None]
         total: Array = average + 4 * tolerance.eps(dtype) * (np.abs(finite) + 1)
+        if self.case.sink:
+            total = total + 4 * tolerance.eps(dtype) * np.abs(self.inputs["sink"])
         return total
 
     def weights(self, dtype: np.dtype[Any]) -> Array:
@@ -232,7 +282,7 @@ class _Errors:
 def sdpa_truth(op: str, case: SdpaCase, inputs: Arrays) -> tuple[Arrays, Allowed]:
     """The expected outputs, and the error allowed to each."""
     q, k, v, mask = inputs["q"], inputs["k"], inputs["v"], inputs.get("mask")
-    errors = _Errors(case, inputs, reference.sdpa(q, k, v, mask, **_options(case)))
+    errors = _Errors(case, inputs, reference.sdpa(q, k, v, mask, **_options(case, inputs)))
     if op == "sdpa_bwd":
         return _gradient_truth(case, inputs, errors)
     a = errors.a
@@ -251,11 +301,13 @@ def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Ar
     """ds = p (dp - delta): the error of p, and those of dp and delta, which are sums of products with dout."""
     q, k, v, dout = inputs["q"], inputs["k"], inputs["v"], inputs["dout"]
     dlse = inputs["dlse"][..., 0]
-    gradients = reference.sdpa_bwd(dout, q, k, v, inputs.get("mask"), dlse, **_options(case))
+    gradients = reference.sdpa_bwd(dout, q, k, v, inputs.get("mask"), dlse, **_options(case, inputs))
     a, factors = errors.a, errors.factors
     dp = (dout @ errors.shared(v).swapaxes(2, 3)) * factors
     dp_sizes = (np.abs(dout) @ errors.shared(np.abs(v)).swapaxes(2, 3)) * factors
     delta = (dout * a.out).sum(axis=3) - dlse
+    # Halves round the outputs, and the gradient's sums are made of what was stored.
+    drift = np.abs((dout * (inputs["out"] - a.out)).sum(axis=3))[..., None]
     delta_sizes = (np.abs(dout) * np.abs(a.out)).sum(axis=3) + np.abs(dlse)
 
     def allowed(name: str, dtype: np.dtype[Any]) -> Array:
@@ -266,11 +318,15 @@ def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Ar
         ds: Array = (
             size * relative
             + least * slope
-            + a.weights * tolerance.bound(dp_sizes + delta_sizes[..., None], dtype)
+            + a.weights * (tolerance.bound(dp_sizes + delta_sizes[..., None], dtype) + drift)
             + least
         )
         if name == "dmask":
             return ds
+        if name == "dbias":
+            # A sum along a diagonal of what is itself rounded.
+            added: Array = reference.along_distances(ds + tolerance.bound(size, dtype))[:, :, None]
+            return added
         if name == "dv":
             dropped = a.weights * factors * relative + least
             return errors.gathered(dropped.swapaxes(2, 3) @ np.abs(dout)) + least
@@ -282,7 +338,8 @@ def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Ar
         )
         return by_key + least
 
-    return dict(zip(("dq", "dk", "dv", "dmask"), gradients, strict=True)), allowed
+    named = dict(zip(("dq", "dk", "dv", "dmask"), gradients, strict=True))
+    return named | {"dbias": reference.along_distances(named["dmask"])[:, :, None]}, allowed
 
 
 def _grid() -> Iterator[SdpaCase]:
@@ -300,6 +357,7 @@ def _grid() -> Iterator[SdpaCase]:
         yield SdpaCase(1, 2, 1, 1, 2600, 8, 24, layout)
         yield SdpaCase(1, 1, 1, 800, 530, 8, 8, layout, causal="causal")
         yield SdpaCase(2, 4, 2, 100, 300, 16, 16, layout)
+        yield SdpaCase(1, 2, 1, 110, 1100, 8, 8, layout, bias="h", sink=True)
     for shape in (
         (2, 3, 3, 9, 9, 16, 16),
         (2, 4, 2, 13, 37, 24, 20),
@@ -314,6 +372,12 @@ def _grid() -> Iterator[SdpaCase]:
         for mask in ("bhqk", "qk", "bk", "hq", "bqk", "k", "q"):
             yield SdpaCase(*shape, mask=mask, boolean=True)
             yield SdpaCase(*shape, mask=mask)
+        for bias in ("", "h", "b", "bh"):
+            yield SdpaCase(*shape, bias=bias, sink=bias == "b")
+        yield SdpaCase(*shape, bias="h", causal="lower", mask="bk", boolean=True, softcap=3.0, dropout=0.2)
+        yield SdpaCase(*shape, bias="bh", causal="causal", window=5, mask="bhqk", sink=True)
+        yield SdpaCase(*shape, sink=True)
+        yield SdpaCase(*shape, sink=True, causal="causal", mask="bhqk", boolean=True)
         for softcap in (2.0, 50.0):
             yield SdpaCase(*shape, softcap=softcap)
             yield SdpaCase(*shape, softcap=softcap, causal="causal", mask="qk")

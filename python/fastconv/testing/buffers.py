@@ -18,7 +18,7 @@ PAGE = mmap.PAGESIZE
 # in it.
 MARGIN = 1024
 LINE = 64
-# A NaN as f32 and as f64, an unlikely index as int64, and a pattern that no computation makes.
+# A NaN as f32, f64, f16 and bf16, an unlikely index as int64, and a pattern that no computation makes.
 CANARY = np.uint8(0xFF)
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -21,7 +21,13 @@ from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
 Array = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
 
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
+# How each dtype is stored here: NumPy has no bf16, so its bits are kept.
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "f64": np.dtype(np.float64),
+    "bf16": np.dtype(np.uint16),
+    "f16": np.dtype(np.float16),
+}
 
 # Which operands an op reads and which it writes; bias and residual join them where the problem has them.
 CONV_ROLES = {
@@ -189,12 +195,17 @@ def _average(op: str, case: PoolCase, inputs: Arrays) -> Array:
     return reference.avg_pool2d_bwd(inputs["y"], case.x_shape, **geometry)
 
 
+def problem_data(op: str, case: Case, values: fill.Fill = fill.normal, dtype: str = "f32") -> tuple[Arrays, Truth]:
+    """Inputs and truth of an op on a case, computed once for all kernels. Halves have inputs that they hold exactly."""
+    return _problem_data(op, case, values, dtype if dtype in tolerance.HALVES else "f32")
+
+
 @cache
-def problem_data(op: str, case: Case, values: fill.Fill = fill.normal) -> tuple[Arrays, Truth]:
-    """Inputs and truth of an op on a case, computed once for all kernels."""
-    inputs = make_inputs(op, case, values)
+def _problem_data(op: str, case: Case, values: fill.Fill, dtype: str) -> tuple[Arrays, Truth]:
     if isinstance(case, SdpaCase):
+        inputs = sdpa_inputs(op, case, values, dtype)
         return inputs, Truth(*sdpa_truth(op, case, inputs))
+    inputs = make_inputs(op, case, values)
     if isinstance(case, NormCase):
         return inputs, Truth(*norm_truth(op, case, inputs))
     with np.errstate(invalid="ignore"):
@@ -248,7 +259,23 @@ def run(
         names = ("x", "w", "bias", "residual", "y", "packed")
         plan.run_conv2d(*(address.get(name, 0) for name in names), workspace=scratch_address)
     elif isinstance(case, SdpaCase):
-        every = ("q", "k", "v", "mask", "out", "lse", "dout", "dlse", "dq", "dk", "dv", "dmask")
+        every = (
+            "q",
+            "k",
+            "v",
+            "mask",
+            "out",
+            "lse",
+            "dout",
+            "dlse",
+            "dq",
+            "dk",
+            "dv",
+            "dmask",
+            "bias",
+            "sink",
+            "dbias",
+        )
         plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
     elif isinstance(case, NormCase):
         plan.run_norm([address.get(name, 0) for name in NORM_OPERANDS], scratch_address)
@@ -265,15 +292,22 @@ def run(
             raise KernelFault(
                 f"{plan.kernel} on {case}: {name}: {int(left.sum())} of {left.size} elements left unwritten"
             )
-        outputs[name] = operand.view
+        bits = dtype == "bf16" and operand.view.dtype == NUMPY_DTYPES[dtype]
+        outputs[name] = tolerance.decode_bf16(operand.view) if bits else operand.view
     return Result(outputs, plan.kernel)
 
 
 def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> dict[str, Operand]:
     kind = NUMPY_DTYPES[dtype]
     if isinstance(case, SdpaCase):
-        kinds = dict.fromkeys(case.operands(op), kind) | ({"mask": np.dtype(np.bool_)} if case.boolean else {})
-        return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, inputs.get(n)) for n in kinds}
+        wide = np.dtype(np.float32) if dtype in tolerance.HALVES else kind
+        kinds = {name: kind if name in case.stored else wide for name in case.operands(op)}
+        kinds |= {"mask": np.dtype(np.bool_)} if case.boolean and case.mask else {}
+        data = dict(inputs)
+        if dtype == "bf16":
+            data |= {n: tolerance.encode_bf16(v) for n, v in inputs.items() if n in case.stored}
+        with np.errstate(over="ignore"):  # large neighbours, in f16
+            return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, data.get(n)) for n in kinds}
     if isinstance(case, NormCase):
         names = case.operands(op)
         return {n: Operand.make(case.shape(n), kind, "nchw", place, inputs.get(n)) for n in names}
@@ -314,7 +348,7 @@ def check(
     With ``exact``, sums of integers must come out without any error.
     """
     op, _, dtype, _ = name.split(".")
-    inputs, truth = problem_data(op, case, values)
+    inputs, truth = problem_data(op, case, values, dtype)
     result = run(op, case, dtype, inputs, force=name, threads=threads, place=place, omit=omit)
     if result.kernel != name:
         raise KernelFault(f"asked for {name}, got {result.kernel}")
@@ -326,7 +360,12 @@ def check(
             allowed = tolerance.l2_bound(growth, case.terms(op), got.dtype)
             fault = f"relative L2 error {error:.3g}, {allowed:.3g} is allowed" if not error <= allowed else ""
         else:
-            mismatch = tolerance.compare(got, expected, 0.0 if exact else truth.allowed(output, got.dtype))
+            # float16 is not computed in, and neither is what arrives as the float32 that bf16 was computed in.
+            computed = np.dtype(np.float32) if dtype in tolerance.HALVES else got.dtype
+            limit: Any = 0.0 if exact else truth.allowed(output, computed)
+            if dtype in tolerance.HALVES and isinstance(case, SdpaCase) and output in case.stored:
+                limit = tolerance.storing(expected, limit, dtype)
+            mismatch = tolerance.compare(got, expected, limit)
             fault = str(mismatch) if mismatch else ""
         if fault:
             again = repro(name, case, values, exact, threads, place, omit)
@@ -338,6 +377,11 @@ def accepted(name: str) -> tuple[Case, ...]:
     """The problems of the grid that the kernel called ``name`` accepts."""
     op, _, dtype, _ = name.split(".")
     return _accepted(op, dtype).get(name, ())
+
+
+def checked(name: str) -> tuple[Case, ...]:
+    """Those of them that tests run. Halves share f32's code but for loading and storing, so every fifth problem serves them."""
+    return accepted(name)[:: 5 if name.split(".")[2] in tolerance.HALVES else 1]
 
 
 @cache

@@ -30,6 +30,40 @@ def eps(dtype: DTypeLike) -> float:
     return float(np.finfo(np.dtype(dtype)).eps)
 
 
+def stored(values: Array, name: str) -> Array:
+    """What is left of numbers that are stored as bf16 or f16, and their own where `name` is another dtype's."""
+    if name == "f16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float64)
+    return decode_bf16(encode_bf16(values)).astype(np.float64) if name == "bf16" else values
+
+
+def encode_bf16(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """The upper halves of floats, rounded to nearest, ties to even. NumPy has no such dtype."""
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    halves: NDArray[np.uint16] = np.where(np.isnan(values), bits >> np.uint32(16) | np.uint32(0x40), rounded).astype(
+        np.uint16
+    )
+    return halves
+
+
+def decode_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    wide: NDArray[np.float32] = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return wide
+
+
+# Of bf16 and f16: eps, and the smallest number above 0.
+HALVES = {"bf16": (2.0**-7, 2.0**-133), "f16": (2.0**-10, 2.0**-24)}
+
+
+def storing(expected: Array, allowed: Array | float, name: str) -> Array:
+    """`allowed` with the rounding of a result, computed in f32, to bf16 or f16: half a unit in its last place."""
+    eps, least = HALVES[name]
+    return allowed + eps / 2 * (np.abs(expected) + allowed) + least
+
+
 def activation_rounding(z: Array, y: Array, name: str, dtype: DTypeLike) -> Array | float:
     """What evaluating the activation adds, in absolute terms.
 

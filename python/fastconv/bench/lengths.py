@@ -1,0 +1,162 @@
+"""fastconv bench lengths: time and peak memory of attention over its length, beside torch's two ways, as table and picture.
+
+Peak memory is what a call adds to the process's, result included. Scratch that fastconv's threads keep from one call to the next
+(up to 16 MB) counts where it is first needed, and so mostly at the shortest length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastconv
+from fastconv.bench.command import numbers
+from fastconv.testing.timing import Contestant, Protocol, interleave
+
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+# torch's MATH stores the scores, and its backward several of their size: beyond this it is left out.
+_MOST_SCORES = 1 << 30
+
+Row = dict[str, Any]
+
+
+def _theirs(backend: SDPBackend) -> Callable[..., Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+    return attention
+
+
+CONTESTANTS: dict[str, Callable[..., Tensor]] = {
+    "fastconv": fastconv.functional.scaled_dot_product_attention,
+    "torch": _theirs(SDPBackend.FLASH_ATTENTION),
+    "torch MATH": _theirs(SDPBackend.MATH),
+}
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """How far resident memory rises above what it was while `call` runs, from Linux's high-water mark; 0 where there is none."""
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of earlier calls would serve this one unseen
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (AttributeError, OSError):
+        return 0
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def measure(length: int, args: argparse.Namespace) -> list[Row]:
+    """One length: a row for each contestant, its median in seconds and its peak in bytes."""
+    shape = (1, args.heads, length, args.features)
+    generator = torch.Generator().manual_seed(args.seed)
+    operands = [torch.randn(shape, generator=generator).to(DTYPES[args.dtype]) for _ in range(4)]
+    leaves = [t.requires_grad_(args.backward) for t in operands[:3]]
+
+    def call(attention: Callable[..., Tensor]) -> Callable[[], object]:
+        def run() -> object:
+            out = attention(*leaves, is_causal=args.causal)
+            return torch.autograd.grad(out, leaves, operands[3]) if args.backward else out
+
+        return run
+
+    calls = {name: call(attention) for name, attention in CONTESTANTS.items()}
+    scores = args.heads * length * length * operands[0].element_size()
+    if scores * (4 if args.backward else 2) > _MOST_SCORES:
+        del calls["torch MATH"]
+    peaks = {name: peak_bytes(run) for name, run in calls.items()}
+    protocol = Protocol(
+        repetitions=args.repetitions, max_repetitions=2 * args.repetitions, max_seconds=10, seed=args.seed
+    )
+    samples = interleave([Contestant(name, run) for name, run in calls.items()], protocol=protocol)
+    rows = []
+    for name, found in samples.items():
+        if found.error:
+            raise RuntimeError(f"{name} at length {length}: {found.error}")
+        rows.append({"length": length, "who": name, "seconds": statistics.median(found.values), "bytes": peaks[name]})
+    return rows
+
+
+def draw(path: Path, rows: list[Row], title: str) -> None:
+    """Write a picture: time on the left, peak memory on the right, over length, all logarithmic."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    time, memory = figure.subplots(1, 2)
+    for name, color in zip(CONTESTANTS, ("tab:blue", "tab:orange", "tab:gray")):
+        mine = [row for row in rows if row["who"] == name]
+        lengths = [row["length"] for row in mine]
+        time.plot(lengths, [row["seconds"] * 1e3 for row in mine], "o-", color=color, label=name)
+        # A call that fits what the allocator kept raises nothing, and a logarithm has no place for that.
+        memory.plot(lengths, [row["bytes"] / 2**20 or math.nan for row in mine], "o-", color=color, label=name)
+    time.set(ylabel="median time (ms)")
+    memory.set(ylabel="peak memory of a call (MB)")
+    for axes in (time, memory):
+        axes.set(xscale="log", yscale="log", xlabel="queries and keys")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line."""
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    kind = ("causal " if args.causal else "") + f"attention {'forward and backward' if args.backward else 'forward'}"
+    title = f"{kind}, {args.heads} x L x {args.features}, {args.dtype}, {args.threads} threads"
+    print(f"{title}\n{'length':>8}  {'who':<11}{'ms':>10}{'peak MB':>10}{'of torch':>10}")
+    rows: list[Row] = []
+    for length in args.lengths:
+        found = measure(length, args)
+        theirs = next(row["seconds"] for row in found if row["who"] == "torch")
+        for row in found:
+            times, peak = row["seconds"] * 1e3, row["bytes"] / 2**20
+            print(f"{length:>8}  {row['who']:<11}{times:>10.3f}{peak:>10.1f}{row['seconds'] / theirs:>10.2f}")
+        rows += found
+    if args.json:
+        args.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1))
+    if args.plot:
+        draw(args.plot, rows, title)
+        print(f"picture: {args.plot}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastconv bench lengths", description=__doc__)
+    parser.add_argument("--lengths", type=numbers, default=(128, 256, 512, 1024, 2048, 4096), help="128,…,4096")
+    parser.add_argument("--heads", type=int, default=4, help="default 4")
+    parser.add_argument("--features", type=int, default=64, help="of each head (64)")
+    parser.add_argument("--dtype", choices=DTYPES, default="f32", help="default f32")
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--backward", action="store_true", help="forward and backward")
+    parser.add_argument("--repetitions", type=int, default=9, help="samples of each (9)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="write a picture to this file; needs matplotlib")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    return parser
