@@ -142,7 +142,7 @@ def _check(op: str, x: Tensor, rows: dict[str, MaybeTensor], columns: dict[str, 
     """Raises RuntimeError unless the operands make one normalisation: the registered ops are open to anybody."""
     if x.dim() != 2:
         raise RuntimeError(f"fastconv::{op}: x has {x.dim()} dimensions, expected 2")
-    check_operands(op, x=x, **rows, **columns, **more)
+    check_operands(op, DTYPES, x=x, **rows, **columns, **more)
     for name, t in rows.items():
         if t is not None:
             check_shape(op, name, t.shape, tuple(x.shape))
