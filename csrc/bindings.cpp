@@ -87,6 +87,15 @@ void run_sdpa(const AnyPlan& plan, const std::array<uintptr_t, 15>& a, std::opti
       workspace, stream);
 }
 
+// In the order of NormArgs, 0 for what is absent.
+void run_norm(const AnyPlan& plan, const std::array<uintptr_t, 13>& a, std::optional<uintptr_t> workspace, uintptr_t stream) {
+  run(plan,
+      NormArgs{address<void>(a[0]), address<void>(a[1]), address<void>(a[2]), address<void>(a[3]), address<void>(a[4]),
+               address<void>(a[5]), address<void>(a[6]), address<void>(a[7]), address<void>(a[8]), address<void>(a[9]),
+               address<void>(a[10]), address<void>(a[11]), address<void>(a[12])},
+      workspace, stream);
+}
+
 template <class Problem>
 py::list explain(const std::string& op, const Problem& problem, const std::string& force, bool strict, int device) {
   py::list table;
@@ -229,6 +238,11 @@ void bind_problems(py::module_& m) {
            py::kw_only(), "dtype"_a, "B"_a, "Hq"_a, "Hkv"_a, "Lq"_a, "Lkv"_a, "D"_a, "Dv"_a, "scale"_a, "softcap"_a = 0.0,
            "mask_kind"_a = "none", "band"_a, "dropout"_a = 0.0, "key"_a = 0, "strides"_a,
            "gradient_strides"_a = std::array<Quad, 4>{}, "bias"_a = py::none());
+  py::class_<NormProblem>(m, "NormProblem")
+      .def(py::init([](const std::string& dtype, int64_t N, int64_t C, double eps) {
+             return NormProblem{.dtype = parse_dtype(dtype), .N = N, .C = C, .eps = eps};
+           }),
+           py::kw_only(), "dtype"_a, "N"_a, "C"_a, "eps"_a);
 }
 
 template <class Problem>
@@ -257,6 +271,7 @@ PYBIND11_MODULE(_C, m) {
   bind_selection<Conv2dProblem>(m);
   bind_selection<Pool2dProblem>(m);
   bind_selection<SdpaProblem>(m);
+  bind_selection<NormProblem>(m);
   py::class_<AnyPlan>(m, "Plan")
       .def_property_readonly("kernel", &AnyPlan::kernel)
       .def_property_readonly("workspace", &AnyPlan::workspace)
@@ -269,7 +284,8 @@ PYBIND11_MODULE(_C, m) {
           "pack", [](const AnyPlan& plan, uintptr_t w, uintptr_t packed) { plan.pack(address<void>(w), address<void>(packed)); },
           py::call_guard<py::gil_scoped_release>(), "w"_a, "packed"_a)
       .def("run_pool2d", &run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a = py::none(), "stream"_a = 0)
-      .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0);
+      .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0)
+      .def("run_norm", &run_norm, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0);
   if (!add_eager_calls(m.ptr())) throw py::error_already_set();
   m.def("kernels", &kernels);
   m.def("machine", &machine);

@@ -9,9 +9,10 @@ import pytest
 
 from fastconv.testing import fill, grids, harness
 from fastconv.testing.attention import SDPA_OPS, SdpaCase
+from fastconv.testing.norm import NormCase
 from fastconv.testing.problems import AVG_POOL_OPS, CONV_OPS, MAX_POOL_OPS, Case, parse
 
-SAMPLE_OPS = ("conv2d_fwd", "conv2d_dgrad", *MAX_POOL_OPS, *AVG_POOL_OPS, *SDPA_OPS)
+SAMPLE_OPS = ("conv2d_fwd", "conv2d_dgrad", *MAX_POOL_OPS, *AVG_POOL_OPS, *SDPA_OPS, "layer_norm_fwd")
 REPEATING_LAYOUTS = ("expand", "expand_y", "scalar_y", "shared", "scalar")
 # Squares overflow and products with anything are far from the sample's.
 HUGE = 3e37
@@ -23,7 +24,7 @@ def same_bits(a: harness.Arrays, b: harness.Arrays) -> bool:
 
 def some(cases: tuple[Case, ...], count: int) -> list[Case]:
     """About ``count`` of the cases, spread over the grid, with one sample of its own memory each."""
-    plain = [replace(case, N=1) for case in cases if case.layout not in REPEATING_LAYOUTS]
+    plain = [replace(case, N=1) for case in cases if getattr(case, "layout", "") not in REPEATING_LAYOUTS]
     # Which weights dropout drops depends on the place in the batch.
     plain = [case for case in plain if not getattr(case, "dropout", 0.0)]
     return list(dict.fromkeys(plain[:: max(1, len(plain) // count)]))
@@ -33,7 +34,7 @@ def in_company(op: str, case: Case, inputs: harness.Arrays, neighbours: list[flo
     """The inputs of one sample as a batch: None stands for the sample, a number for a neighbour filled with it."""
     batch: harness.Arrays = {}
     for name, value in inputs.items():
-        if name in ("w", "bias"):
+        if name in ("w", "bias", "gamma", "beta"):
             batch[name] = value
         elif isinstance(case, SdpaCase) and name in ("mask", "bias") and "b" not in (getattr(case, name) or ""):
             batch[name] = np.broadcast_to(value, (len(neighbours), *value.shape[1:]))
@@ -64,6 +65,15 @@ def test_any_company(kernel: str) -> None:
     op, _, dtype, _ = kernel.split(".")
     for case in some(harness.checked(kernel), 32):
         check_company(op, case, dtype, kernel)
+
+
+@pytest.mark.ops("layer_norm_bwd")
+def test_any_company_of_a_row_s_gradient(kernel: str) -> None:
+    """Those of gamma and beta are sums over the rows, so they are not asked for."""
+    op, _, dtype, _ = kernel.split(".")
+    for case in some(harness.accepted(kernel), 32):
+        assert isinstance(case, NormCase)
+        check_company(op, replace(case, gamma=False, beta=False), dtype, kernel)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])

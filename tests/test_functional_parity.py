@@ -25,7 +25,11 @@ OPS = {
 NAMES = sorted(OPS)
 
 # rtol and atol where torch's own tests of these samples take others than its defaults: scores up to 200.
-TOLERANCES = {("scaled_dot_product_attention", torch.float32): {"rtol": 5e-6, "atol": 5e-5}}
+TOLERANCES = {
+    ("scaled_dot_product_attention", torch.float32): {"rtol": 5e-6, "atol": 5e-5},
+    # The gradient of a row of one number is 0, and 0 here; torch makes a rounding times 1/sqrt(eps) = 316 of it.
+    ("layer_norm", torch.float32): {"rtol": 1.3e-6, "atol": 5e-5},
+}
 
 # Ops that have no kernels of their own.
 ALWAYS_TORCH = {"conv3d"}

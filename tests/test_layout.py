@@ -32,16 +32,16 @@ ISA_HEADERS = {"cstddef", "cstdint", "immintrin.h"}
 
 # What a module of the package may import: the modules of the lines above its own, and the package's own parts.
 LEVELS = [
-    {"_C", "_arguments", "_folding", "_padding", "_reference_attention", "fallback"},
+    {"_C", "_arguments", "_folding", "_padding", "_reference_attention", "_reference_norm", "fallback"},
     {"_native", "reference", "_routes"},
     {"testing", "plan"},
     {"ops", "numpy"},
     {"_conv_checks", "_pool_checks"},
-    {"_attention", "_convolution", "_pooling", "cuda"},
+    {"_attention", "_convolution", "_normalization", "_pooling", "cuda"},
     {"_attention_lengths", "_fused", "_resolvers", "_same_pooling"},
     {"functional"},
     {"nn", "control"},
-    {"conversion", "models"},
+    {"conversion", "integrations", "models"},
     {"fusion"},
     {"commands"},
     {"bench"},

@@ -15,7 +15,15 @@ from fastconv.models import blocks
 RUN = [
     name
     for name in models.names()
-    if name not in ("densenet169", "densenet201", *(f"efficientnet_b{i}" for i in range(1, 8)))
+    if name
+    not in (
+        "densenet169",
+        "densenet201",
+        *(f"efficientnet_b{i}" for i in range(1, 8)),
+        "vit_small",
+        "vit_b_16",
+        "vit_l_16",
+    )
 ]
 
 
@@ -35,6 +43,7 @@ SMALLER = {
     "vgg19": {"hidden": 64},
     "alexnet": {"hidden": 64},
     "inception_v3": {"aux_logits": False},
+    "vit_tiny": {"image_size": 64},
 }
 
 

@@ -17,7 +17,7 @@ from fastconv.models import blocks
 
 # Parameters and state_dict entries of torchvision's models of the same name, auxiliary heads included; LeNet-5's from the paper's
 # table of layers (156 + 2416 + 48120 + 10164 + 850), with every map of the second convolution connected to all six of the first;
-# MobileNet's and Xception's as published with the PyTorch weights that are in use.
+# MobileNet's, Xception's and the small ViTs' as published with the PyTorch weights that are in use.
 PARAMETERS_AND_KEYS = {
     "lenet5": (61706, 10),
     "resnet18": (11689512, 122),
@@ -50,6 +50,10 @@ PARAMETERS_AND_KEYS = {
     "efficientnet_b6": (43040704, 986),
     "efficientnet_b7": (66347960, 1200),
     "fcn_resnet50": (35322218, 334),
+    "vit_tiny": (5717416, 152),
+    "vit_small": (22050664, 152),
+    "vit_b_16": (86567656, 152),
+    "vit_l_16": (304326632, 296),
 }
 
 # Some of torchvision's keys, with their shapes, that a slip in naming, widths or the order of layers would change.
@@ -134,23 +138,40 @@ SHAPES = [
     ("fcn_resnet50", "classifier.0.weight", (512, 2048, 3, 3)),
     ("fcn_resnet50", "classifier.4.bias", (21,)),
     ("fcn_resnet50", "aux_classifier.4.weight", (21, 256, 1, 1)),
+    ("vit_b_16", "class_token", (1, 1, 768)),
+    ("vit_b_16", "conv_proj.weight", (768, 3, 16, 16)),
+    ("vit_b_16", "encoder.pos_embedding", (1, 197, 768)),
+    ("vit_b_16", "encoder.layers.encoder_layer_11.ln_1.weight", (768,)),
+    ("vit_b_16", "encoder.layers.encoder_layer_0.self_attention.in_proj_weight", (2304, 768)),
+    ("vit_b_16", "encoder.layers.encoder_layer_0.self_attention.out_proj.bias", (768,)),
+    ("vit_b_16", "encoder.layers.encoder_layer_5.mlp.0.weight", (3072, 768)),
+    ("vit_b_16", "encoder.layers.encoder_layer_5.mlp.3.bias", (768,)),
+    ("vit_b_16", "encoder.ln.bias", (768,)),
+    ("vit_l_16", "heads.head.weight", (1000, 1024)),
 ]
 
 # torchvision has no model of this name.
-OURS_ALONE = ("lenet5", "mobilenet_v1", "xception")
+OURS_ALONE = ("lenet5", "mobilenet_v1", "xception", "vit_tiny", "vit_small")
 # These are longer than others of their family, and built no otherwise.
-SCALED_UP = ("densenet169", "densenet201", *(f"efficientnet_b{i}" for i in range(1, 8)))
+SCALED_UP = (
+    "densenet169",
+    "densenet201",
+    *(f"efficientnet_b{i}" for i in range(1, 8)),
+    "vit_small",
+    "vit_b_16",
+    "vit_l_16",
+)
 
-LAYER_NAMES = ("Conv2d", "ConvTranspose2d", "Linear", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d")
-
-# torchvision has no model of this name.
-OURS_ALONE = ("lenet5", "mobilenet_v1", "xception")
-# These are longer than others of their family, and built no otherwise.
-SCALED_UP = ("densenet169", "densenet201", *(f"efficientnet_b{i}" for i in range(1, 8)))
-
-RUN = [name for name in models.names() if name not in SCALED_UP]
-
-LAYER_NAMES = ("Conv2d", "ConvTranspose2d", "Linear", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d")
+LAYER_NAMES = (
+    "Conv2d",
+    "ConvTranspose2d",
+    "Linear",
+    "MaxPool2d",
+    "AvgPool2d",
+    "AdaptiveAvgPool2d",
+    "LayerNorm",
+    "MultiheadAttention",
+)
 
 RUN = [name for name in models.names() if name not in SCALED_UP]
 
@@ -215,7 +236,8 @@ def test_takes_its_layers_from_the_namespace_it_is_given(name: str) -> None:
     with torch.device("meta"):
         model = models.create(name, layers=layers)
     kinds = tuple(getattr(nn, layer) for layer in LAYER_NAMES)
-    assert [id(module) for module in model.modules() if isinstance(module, kinds)] == [id(module) for module in made]
+    # The projection inside of a MultiheadAttention is a subclass of Linear that is its own.
+    assert [id(module) for module in model.modules() if type(module) in kinds] == [id(module) for module in made]
 
 
 def test_default_layers_are_fastconvs() -> None:

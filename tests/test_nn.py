@@ -53,6 +53,9 @@ LAYERS: list[tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = [
     ("AdaptiveAvgPool2d", (1,), {}, IMAGES),
     ("AdaptiveMaxPool1d", (3,), {"return_indices": True}, SEQUENCES),
     ("AdaptiveMaxPool2d", ((3, 2),), {}, IMAGES),
+    ("LayerNorm", (8,), {"eps": 1e-3}, IMAGES),
+    ("LayerNorm", ((9, 8),), {"bias": False}, IMAGES),
+    ("LayerNorm", (8,), {"elementwise_affine": False}, (8,)),
     ("Linear", (8, 5), {}, IMAGES),
     ("Linear", (8, 5), {"bias": False}, (8,)),
 ]

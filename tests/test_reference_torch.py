@@ -97,3 +97,18 @@ def test_average_pooling_and_its_gradient() -> None:
         mine = harness._average("avg_pool2d_bwd", case, {"y": dy})
         np.testing.assert_allclose(mine, dx.numpy(), rtol=1e-12, atol=1e-13, err_msg=str(case))
     assert checked > 100
+
+
+def test_layer_norm_and_its_gradients() -> None:
+    for case in grids.norm_grid()[::3]:
+        x = tensor(fill.normal(f"{case}x", (case.N, case.C))).requires_grad_()
+        weight, bias = (tensor(fill.normal(f"{case}{name}", (case.C,))).requires_grad_() for name in ("gamma", "beta"))
+        residual, dy = (fill.normal(f"{case}{name}", (case.N, case.C)) for name in ("residual", "dy"))
+        total = x + tensor(residual)
+        y = functional.layer_norm(total, (case.C,), weight, bias)
+        theirs = [y.detach(), *torch.autograd.grad(y, (x, weight, bias), tensor(dy))]
+        nx, nw, nb = (t.detach().numpy() for t in (x, weight, bias))
+        mine = harness.reference.layer_norm(nx, nw, nb, eps=1e-5, residual=residual).y
+        gradients = harness.reference.layer_norm_bwd(dy, total.detach().numpy(), nw, eps=1e-5)
+        for one, other in zip((mine, *gradients), theirs, strict=True):
+            np.testing.assert_allclose(one, other.numpy(), rtol=1e-8, atol=1e-9, err_msg=str(case))

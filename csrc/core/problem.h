@@ -150,4 +150,26 @@ struct SdpaProblem {
   SdpaStride dout, dq, dk, dv;
 };
 
+// What is absent is null. Forward reads x, residual, gamma, beta and writes y, sum where there is a residual, and mean and rstd
+// (N numbers each) where a backward pass will want them; backward reads x, mean, rstd, gamma, dy, dsum and writes those of dx,
+// dgamma, dbeta that are there.
+struct NormArgs {
+  void *x, *residual, *gamma, *beta, *sum, *y, *mean, *rstd;
+  void *dy, *dsum, *dx, *dgamma, *dbeta;
+};
+
+// Layer normalisation of N rows of C numbers, one after the other in memory:
+//
+//   fwd   s = x + residual,  y[c] = (s[c] - mean) * rstd * gamma[c] + beta[c],   sum = s
+//         mean = average(s),  rstd = 1 / sqrt(average((s - mean)^2) + eps)
+//   bwd   x is what was normalised. With h = (x - mean) * rstd and g = dy * gamma,
+//         dx = rstd * (g - average(g) - h * average(g * h)) + dsum
+//         dgamma[c] = sum over the rows of dy[c] * h[c],  dbeta[c] = sum over the rows of dy[c]
+struct NormProblem {
+  using Args = NormArgs;
+  Dtype dtype;
+  int64_t N, C;
+  double eps;
+};
+
 }  // namespace fastconv

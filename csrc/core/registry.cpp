@@ -15,6 +15,8 @@ using avg_pool2d_fwd_problem = Pool2dProblem;
 using avg_pool2d_bwd_problem = Pool2dProblem;
 using sdpa_fwd_problem = SdpaProblem;
 using sdpa_bwd_problem = SdpaProblem;
+using layer_norm_fwd_problem = NormProblem;
+using layer_norm_bwd_problem = NormProblem;
 
 // kernels.def is read once for each target that this build has: first to declare the constants, then to list them.
 #define FC_SYMBOL(op, algorithm, dtype) op##_##algorithm##_##dtype

@@ -13,7 +13,8 @@ struct Row {
   const char *op, *algorithm, *dtype, *target;
   std::string name;  // op.algorithm.dtype.target
   Isa isa;
-  std::variant<const Kernel<Conv2dProblem>*, const Kernel<Pool2dProblem>*, const Kernel<SdpaProblem>*> kernel;
+  std::variant<const Kernel<Conv2dProblem>*, const Kernel<Pool2dProblem>*, const Kernel<SdpaProblem>*, const Kernel<NormProblem>*>
+      kernel;
 };
 
 // In the order of kernels.def, which is also the order of preference between equal costs.

@@ -47,6 +47,11 @@ double nominal_cost(const std::string&, const Kernel<SdpaProblem>& kernel, SdpaP
   return kernel.cost(problem, machine);
 }
 
+double nominal_cost(const std::string&, const Kernel<NormProblem>& kernel, NormProblem problem, const Machine& machine) {
+  problem.N = kNominalRows;
+  return kernel.cost(problem, machine);
+}
+
 }  // namespace
 
 template <class Problem>
@@ -100,8 +105,10 @@ Plan<Problem> choose(const std::string& op, const Problem& problem, int threads,
 template std::vector<Candidate> candidates(const std::string&, const Conv2dProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const Pool2dProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const SdpaProblem&, const Wish&);
+template std::vector<Candidate> candidates(const std::string&, const NormProblem&, const Wish&);
 template Plan<Conv2dProblem> choose(const std::string&, const Conv2dProblem&, int, const Wish&);
 template Plan<Pool2dProblem> choose(const std::string&, const Pool2dProblem&, int, const Wish&);
 template Plan<SdpaProblem> choose(const std::string&, const SdpaProblem&, int, const Wish&);
+template Plan<NormProblem> choose(const std::string&, const NormProblem&, int, const Wish&);
 
 }  // namespace fastconv

@@ -15,6 +15,7 @@ class AnyPlan {
   explicit AnyPlan(Plan<Conv2dProblem> plan) : plan_(std::move(plan)) {}
   explicit AnyPlan(Plan<Pool2dProblem> plan) : plan_(std::move(plan)) {}
   explicit AnyPlan(Plan<SdpaProblem> plan) : plan_(std::move(plan)) {}
+  explicit AnyPlan(Plan<NormProblem> plan) : plan_(std::move(plan)) {}
 
   const std::string& kernel() const {
     return std::visit([](const auto& plan) -> const std::string& { return plan.row->name; }, plan_);
@@ -55,6 +56,9 @@ class AnyPlan {
   void run(const SdpaArgs& args, void* workspace, void* stream = nullptr) const {
     run(std::get<Plan<SdpaProblem>>(plan_), args, workspace, stream);
   }
+  void run(const NormArgs& args, void* workspace, void* stream = nullptr) const {
+    run(std::get<Plan<NormProblem>>(plan_), args, workspace, stream);
+  }
 
  private:
   template <class Problem>
@@ -62,7 +66,7 @@ class AnyPlan {
     plan.kernel->run(plan.problem, args, {&plan.machine, workspace, plan.device, stream});
   }
 
-  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>> plan_;
+  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>, Plan<NormProblem>> plan_;
 };
 
 }  // namespace fastconv

@@ -111,6 +111,8 @@ _CALLS = {
     "avg_pool2d_bwd": ("avg_pool2d", "input"),
     "sdpa_fwd": ("scaled_dot_product_attention", ""),
     "sdpa_bwd": ("scaled_dot_product_attention", "query"),
+    "layer_norm_fwd": ("layer_norm", ""),
+    "layer_norm_bwd": ("layer_norm", "input"),
 }
 
 
@@ -119,9 +121,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
         print(fastconv.explain("conv2d_fwd", x, w, stride=2, padding=1))
 
-    The arguments are those of `fastconv.functional.conv2d`, `max_pool2d`, `avg_pool2d` or `scaled_dot_product_attention`, for
-    the gradients too: what is then explained is the backward pass of that call. No kernel runs. Choices by `use`,
-    `set_accuracy` and the number of threads count.
+    The arguments are those of `fastconv.functional.conv2d`, `max_pool2d`, `avg_pool2d`, `scaled_dot_product_attention` or
+    `layer_norm`, for the gradients too: what is then explained is the backward pass of that call. No kernel runs. Choices by
+    `use`, `set_accuracy` and the number of threads count.
 
     Raises ValueError for an unknown op, NotImplementedError for a call that torch answers, and what the call itself would raise.
     """

@@ -28,7 +28,7 @@ _THEIRS: Mapping[type[Module], type[Module]] = {
     nn.Conv3d: torch.nn.Conv3d,
 }
 
-# What a report speaks of; other layers (norms, activations) are none of its business.
+# What a report speaks of; other layers (batch norms, activations) are none of its business.
 _FAMILIES = (
     conv._ConvNd,
     pooling._MaxPoolNd,
@@ -36,6 +36,7 @@ _FAMILIES = (
     pooling._AdaptiveMaxPoolNd,
     pooling._AdaptiveAvgPoolNd,
     torch.nn.Linear,
+    torch.nn.LayerNorm,
     torch.nn.MultiheadAttention,
     torch.nn.TransformerEncoder,
     torch.nn.TransformerEncoderLayer,
@@ -55,8 +56,8 @@ class Kept:
 class Report:
     """What `convert` or `revert` did.
 
-    `swapped` counts the layers by class name, `already` those that needed no swap, and `kept` lists the convolutions, pools and
-    linear layers that were left alone. A layer that occurs under several names counts once.
+    `swapped` counts the layers by class name, `already` those that needed no swap, and `kept` lists the convolutions, pools,
+    linear layers and layer norms that were left alone. A layer that occurs under several names counts once.
     """
 
     action: str
@@ -89,8 +90,7 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def convert(model: Module) -> Report:
-    """Gives every torch.nn convolution, pool, Linear, MultiheadAttention and Transformer encoder in `model` (and `model` itself)
-    fastconv's class, in place.
+    """Gives every layer of torch.nn in `model` (and `model` itself) that `fastconv.nn` has too fastconv's class, in place.
 
     Only objects of exactly torch.nn's classes are swapped. Left alone, and listed in the report with the reason, are subclasses,
     parametrized, lazy and quantized layers, layers with a forward of their own, and those that fastconv has no kernels for.

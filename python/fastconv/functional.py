@@ -1,4 +1,4 @@
-"""torch.nn.functional's convolutions, pools, linear and attention on fastconv's kernels.
+"""torch.nn.functional's convolutions, pools, linear, layer norm and attention on fastconv's kernels.
 
 Signatures, results, memory formats and exceptions are torch's.
 
@@ -12,6 +12,7 @@ from . import _resolvers  # noqa: F401 - registers itself, as does the next
 from ._attention import scaled_dot_product_attention
 from ._attention_lengths import scaled_dot_product_attention_varlen, scaled_dot_product_attention_with_cache
 from ._convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, linear
+from ._normalization import layer_norm
 from ._pooling import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -42,6 +43,7 @@ __all__ = [
     "conv3d",
     "conv_transpose1d",
     "conv_transpose2d",
+    "layer_norm",
     "linear",
     "max_pool1d",
     "max_pool1d_with_indices",

@@ -1,4 +1,4 @@
-"""torch.nn's convolutions, pools, Linear, MultiheadAttention and Transformer encoder on fastconv's kernels.
+"""torch.nn's convolutions, pools, Linear, LayerNorm, MultiheadAttention and Transformer encoder on fastconv's kernels.
 
 Each class subclasses the one it is named after: constructor, initialisation, parameters, repr, state_dict and pickle are torch's,
 and so is every error of the constructor. Only the forward pass differs, and it calls `fastconv.functional`.
@@ -36,6 +36,7 @@ __all__ = [
     "ConvBnAct",
     "ConvTranspose1d",
     "ConvTranspose2d",
+    "LayerNorm",
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
@@ -275,6 +276,17 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` on fastconv's kernels: (*, *normalized_shape) to the same.
+
+    ``norm(x, residual)`` returns (norm of x + residual, x + residual): see `fastconv.functional.layer_norm`.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        options = self.normalized_shape, self.weight, self.bias, self.eps
+        return F.layer_norm(input, *options) if residual is None else F.layer_norm(input, *options, residual=residual)
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

@@ -39,6 +39,8 @@ OPS = (
     "avg_pool2d_bwd",
     "sdpa_fwd",
     "sdpa_bwd",
+    "layer_norm_fwd",
+    "layer_norm_bwd",
 )
 
 
@@ -83,8 +85,8 @@ Question = tuple[
 class Plan:
     """One problem with the kernel chosen for it.
 
-    `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d`, `run_pool2d` or `SdpaArgs`, the
-    workspace left out: the compiled module has scratch memory of its own for each thread.
+    `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d`, `run_pool2d`, `SdpaArgs` or
+    `NormArgs`, the workspace left out: the compiled module has scratch memory of its own for each thread.
     """
 
     __slots__ = ("dtype", "kernel", "native", "question", "run", "shapes", "workspace")
@@ -97,6 +99,8 @@ class Plan:
         self.run: Callable[..., None] = native.run_pool2d if "pool" in question[0] else native.run_conv2d
         if question[0].startswith("sdpa"):
             self.run = lambda *addresses: native.run_sdpa(addresses)
+        elif question[0].startswith("layer_norm"):
+            self.run = lambda *addresses: native.run_norm(addresses)
         self.dtype = dtype
         self.shapes = shapes
 
@@ -220,9 +224,14 @@ def sdpa_problem(
     )  # fmt: skip
 
 
+def norm_problem(dtype: str, shape: tuple[int, int], eps: float) -> _C.NormProblem:
+    """Rows (N, C), one after the other in memory."""
+    return _C.NormProblem(dtype=dtype, N=shape[0], C=shape[1], eps=eps)
+
+
 def make(
     op: str,
-    problem: _C.Conv2dProblem | _C.Pool2dProblem | _C.SdpaProblem,
+    problem: _C.Conv2dProblem | _C.Pool2dProblem | _C.SdpaProblem | _C.NormProblem,
     dtype: str,
     shapes: tuple[Shape, ...],
     threads: int,

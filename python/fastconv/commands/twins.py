@@ -19,7 +19,15 @@ from fastconv import models
 from fastconv.plan import observe
 
 # The layers that fastconv has kernels for; every other module counts as "the rest" on both sides.
-TIMED_LAYERS = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+TIMED_LAYERS = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.LayerNorm,
+    nn.MultiheadAttention,
+)
 
 
 @dataclass
@@ -132,9 +140,7 @@ def compare(model: nn.Module, twin: nn.Module, x: Tensor, rounds: int, tick: Cal
 
 
 @contextmanager
-def _hooks(
-    model: nn.Module, enter: Callable[[], None], leave: Callable[[str, nn.Module, Tensor], None]
-) -> Iterator[None]:
+def _hooks(model: nn.Module, enter: Callable[[], None], leave: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
     """While open, call ``enter()`` before and ``leave(name, module, output)`` after each timed layer of ``model``."""
     with ExitStack() as handles:
         for name, module in model.named_modules():
@@ -157,9 +163,9 @@ def _observe(model: nn.Module, x: Tensor) -> tuple[list[Layer], Tensor]:
             nonlocal first_record
             first_record = len(records)
 
-        def leave(name: str, module: nn.Module, y: Tensor) -> None:
+        def leave(name: str, module: nn.Module, y: Any) -> None:
             kernels = [record.kernel for record in records[first_record:]]
-            layers.append(Layer(name, type(module).__name__, tuple(y.shape), kernels))
+            layers.append(Layer(name, type(module).__name__, tuple(models.main_output(y).shape), kernels))
 
         with _hooks(model, enter, leave):
             y = models.main_output(model(x))
@@ -174,7 +180,7 @@ def _time_layers(model: nn.Module, x: Tensor, seconds: dict[str, list[float]]) -
         nonlocal started
         started = time.perf_counter()
 
-    def leave(name: str, module: nn.Module, y: Tensor) -> None:
+    def leave(name: str, module: nn.Module, y: Any) -> None:
         seconds[name].append(time.perf_counter() - started)
 
     with _hooks(model, enter, leave):

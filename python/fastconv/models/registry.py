@@ -1,27 +1,36 @@
-"""The list of reference models: every name, how it is built, what it eats."""
+"""The list of reference models: every name, how it is built, what it eats.
+
+Networks for images have a row each, since commands and tests run them on images of the size that they were designed for;
+those for sequences have only a name and a builder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from fastconv.models import (
     alexnet,
+    bert,
     densenet,
     efficientnet,
     fcn,
     googlenet,
+    gpt2,
     inception_v3,
     lenet,
     mobilenet_v1,
     mobilenet_v2,
     mobilenet_v3,
+    recurrent,
     resnet,
     squeezenet,
+    transformer,
     vgg,
+    vit,
     xception,
 )
 from fastconv.models.layers import Layers
@@ -71,35 +80,46 @@ _SPECS: dict[str, ModelSpec] = {
         name: ModelSpec(build, 3, (efficientnet.SCALES[name][-1],) * 2) for name, build in efficientnet.VARIANTS.items()
     },
     **{name: ModelSpec(build, 3, (224, 224), _TAME) for name, build in fcn.VARIANTS.items()},
+    **{name: ModelSpec(build, 3, (224, 224), {"head_std": 0.02}) for name, build in vit.VARIANTS.items()},
+}
+
+_SEQUENCES: dict[str, Callable[..., nn.Module]] = {
+    **transformer.VARIANTS,
+    **gpt2.VARIANTS,
+    **bert.VARIANTS,
+    **recurrent.VARIANTS,
 }
 
 
-def names() -> list[str]:
-    """Names that :func:`create` knows, smallest of each family first."""
-    return list(_SPECS)
+def names(kind: Literal["image", "sequence"] = "image") -> list[str]:
+    """Names that :func:`create` knows, of the networks for images (smallest of each family first) or for sequences."""
+    return list(_SEQUENCES if kind == "sequence" else _SPECS)
 
 
 def spec(name: str) -> ModelSpec:
-    """The registry's row for ``name``. ValueError, listing the known names, if there is none."""
+    """The row of a network for images. ValueError, listing the known names, if there is none."""
+    if name in _SEQUENCES:
+        raise ValueError(f"{name} reads sequences and not images; for images fastconv has {', '.join(_SPECS)}")
     try:
         return _SPECS[name]
     except KeyError:
-        raise ValueError(f"no model named {name!r}; fastconv has {', '.join(_SPECS)}") from None
+        every = ", ".join([*_SPECS, *_SEQUENCES])
+        raise ValueError(f"no model named {name!r}; fastconv has {every}") from None
 
 
 def create(name: str, layers: Layers | None = None, **config: Any) -> nn.Module:
     """Build a reference model with freshly initialised weights, in training mode as torch's modules are.
 
     Args:
-        name: one of :func:`names`.
+        name: one of :func:`names`, of either kind.
         layers: namespace that Conv2d, Linear and the pools come from; ``fastconv.nn`` when left out,
             ``layers=torch.nn`` builds the same network on PyTorch, with the same keys in its ``state_dict``.
-        config: the family's keywords; every model takes ``num_classes`` and ``in_channels``.
+        config: the family's keywords; every network for images takes ``num_classes`` and ``in_channels``.
 
     Raises:
         ValueError: unknown name. TypeError: a keyword that the family does not have.
     """
-    build = spec(name).build
+    build = _SEQUENCES[name] if name in _SEQUENCES else spec(name).build
     if layers is None:
         from fastconv import nn as layers
     return build(layers, **config)

@@ -28,8 +28,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Every parameter and buffer must be in the file with the model's shape, and nothing else may be; the one exception
     is BatchNorm's ``num_batches_tracked``, which files older than torch 0.4.1 lack. State dicts nested under
     "state_dict", "model" and the like are found, "module." and "_orig_mod." prefixes dropped, the old names in
-    torchvision's DenseNet files known; dtypes are converted to the model's. No code in the file is run. On any error the
-    model is left as it was.
+    torchvision's DenseNet files known, and what a model's ``adapt_checkpoint`` knows of its files; dtypes are converted to
+    the model's. No code in the file is run. On any error the model is left as it was.
 
     Args:
         path: ``.safetensors`` file, or anything ``torch.load`` reads (``.pth``, ``.pt``, ``.bin``).
@@ -44,6 +44,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    adapt = getattr(model, "adapt_checkpoint", None)
+    if adapt is not None:
+        state = adapt(state)
     wanted = model.state_dict()
     for name in wanted:
         if name.endswith(".num_batches_tracked") and name not in state:

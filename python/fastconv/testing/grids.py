@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import cycle
 
 from fastconv.testing.attention import sdpa_grid
+from fastconv.testing.norm import norm_grid
 from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
 
 # Around the widths of vectors (4, 8, 16 lanes), of register tiles (14, 28, 32, 48, 64) and their remainders.
@@ -285,6 +286,10 @@ def pool_grid() -> tuple[PoolCase, ...]:
 @cache
 def grid(op: str) -> tuple[Case, ...]:
     """The problems of an op."""
-    cases: tuple[Case, ...]
-    cases = conv_grid() if op.startswith("conv2d") else sdpa_grid() if op.startswith("sdpa") else pool_grid()
+    grids: dict[str, Callable[[], tuple[Case, ...]]] = {
+        "conv2d": conv_grid,
+        "sdpa": sdpa_grid,
+        "layer_norm": norm_grid,
+    }
+    cases = next((make for name, make in grids.items() if op.startswith(name)), pool_grid)()
     return tuple(case for case in cases if op in case.ops)

@@ -15,6 +15,8 @@ from fastconv import _native, reference
 from fastconv.testing import fill, grids, tolerance
 from fastconv.testing.attention import SdpaCase, native_sdpa, sdpa_inputs, sdpa_truth
 from fastconv.testing.buffers import CANARY, Block, Operand, Place, strides_of
+from fastconv.testing.norm import OPERANDS as NORM_OPERANDS
+from fastconv.testing.norm import NormCase, native_norm, norm_inputs, norm_truth
 from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
 
 Array = NDArray[np.float64]
@@ -77,6 +79,8 @@ def native_problem(case: Case, dtype: str) -> Any:
     """The case as the compiled module's problem, with the strides of its layout."""
     if isinstance(case, SdpaCase):
         return native_sdpa(native(), case, dtype)
+    if isinstance(case, NormCase):
+        return native_norm(native(), case, dtype)
     formats = LAYOUTS[case.layout]
     x = _strides(case.x_shape, formats[0])
     y = _strides(case.y_shape, formats[2])
@@ -116,6 +120,8 @@ def make_inputs(op: str, case: Case, values: fill.Fill = fill.normal) -> Arrays:
     """Logical arrays of what the op reads, the same for every dtype. Elements that a layout repeats are repeated."""
     if isinstance(case, SdpaCase):
         return sdpa_inputs(op, case, values)
+    if isinstance(case, NormCase):
+        return norm_inputs(op, case, values)
     formats = LAYOUTS[case.layout]
     shapes = {"x": (case.x_shape, formats[0]), "y": (case.y_shape, formats[2])}
     if isinstance(case, ConvCase):
@@ -221,6 +227,9 @@ def _problem_data(op: str, case: Case, values: fill.Fill, dtype: str) -> tuple[A
     if isinstance(case, SdpaCase):
         inputs = sdpa_inputs(op, case, values, dtype)
         return inputs, Truth(*sdpa_truth(op, case, inputs))
+    if isinstance(case, NormCase):
+        inputs = make_inputs(op, case, values)
+        return inputs, Truth(*norm_truth(op, case, inputs))
     inputs = {n: v if n == "indices" else tolerance.stored(v, dtype) for n, v in make_inputs(op, case, values).items()}
     with np.errstate(invalid="ignore"):
         truth = _conv_truth(op, case, inputs) if isinstance(case, ConvCase) else _pool_truth(op, case, inputs)
@@ -291,6 +300,8 @@ def run(
             "dbias",
         )
         plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
+    elif isinstance(case, NormCase):
+        plan.run_norm([address.get(name, 0) for name in NORM_OPERANDS], scratch_address)
     else:
         plan.run_pool2d(*(address.get(name, 0) for name in ("x", "y", "indices")), scratch_address)
     for name, memory in memories.items():
@@ -320,6 +331,9 @@ def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> 
             data |= {n: tolerance.encode_bf16(v) for n, v in inputs.items() if n in case.stored}
         with np.errstate(over="ignore"):  # large neighbours, in f16
             return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, data.get(n)) for n in kinds}
+    if isinstance(case, NormCase):
+        names = case.operands(op)
+        return {n: Operand.make(case.shape(n), kind, "nchw", place, inputs.get(n)) for n in names}
     x_format, w_format, y_format = LAYOUTS[case.layout]
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any], str]] = {
         "x": (case.x_shape, kind, x_format),
@@ -334,9 +348,9 @@ def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> 
     else:
         shapes["indices"] = (case.y_shape, np.dtype(np.int64), y_format)
     reads, writes = (CONV_ROLES | POOL_ROLES)[op]
-    names = [*reads, *writes, *(name for name in ("bias", "residual") if getattr(case, name, False))]
+    roles = [*reads, *writes, *(name for name in ("bias", "residual") if getattr(case, name, False))]
     made = {}
-    for name in names:
+    for name in roles:
         shape, dtype_of, layout = shapes[name]
         values = inputs.get(name)
         if dtype == "bf16" and values is not None and name != "indices":

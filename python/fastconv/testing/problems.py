@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from fastconv import reference
 from fastconv.testing.attention import SdpaCase, parse_sdpa
+from fastconv.testing.norm import NormCase, parse_norm
 
 Pair = tuple[int, int]
 Pad4 = tuple[int, int, int, int]
@@ -197,7 +198,7 @@ class PoolCase:
         return "+".join([f"{sizes}{window}-{self.layout}", *extras])
 
 
-Case = ConvCase | PoolCase | SdpaCase
+Case = ConvCase | PoolCase | SdpaCase | NormCase
 
 _LIST = r"-?\d+(?:x-?\d+)*"
 _CONV = re.compile(
@@ -275,6 +276,8 @@ def parse(text: str) -> Case:
         return PoolCase(n, c, h, w, adaptive=(p, q), layout=_layout(m[7]))
     if sdpa := parse_sdpa(text):
         return sdpa
+    if norm := parse_norm(text):
+        return norm
     raise ValueError(
         f"not a problem id: {text!r} (examples: n1c8h7w7k16r3s3u1p1d1g1-nhwc+bias, n1c8h7w7r3s3u2p1d1-nchw)"
     )

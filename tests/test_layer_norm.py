@@ -1,0 +1,193 @@
+"""layer_norm as torch sees it: values and gradients, the added residual, derivatives of every kind, errors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+import fastconv
+from fastconv import reference
+from fastconv.functional import layer_norm
+from fastconv.testing.tolerance import peer_bound
+
+OPS = torch.ops.fastconv
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def operands(rows: int = 3, width: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, residual, weight, bias."""
+    shapes = (rows, width), (rows, width), (width,), (width,)
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def added(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Any:
+    return layer_norm(x, x.shape[-1:], weight, bias, residual=residual)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (1, 7, 4), (0, 4), (2, 0, 4)], ids=str)
+@pytest.mark.parametrize("affine", list(itertools.product((False, True), repeat=2)), ids=str)
+def test_residual(shape: tuple[int, ...], affine: tuple[bool, bool]) -> None:
+    x, residual = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) if wanted else None for wanted in affine)
+    leaves = [t for t in (x, residual, weight, bias) if t is not None]
+    y, total = added(x, residual, weight, bias)
+    expected = F.layer_norm(x + residual, (4,), weight, bias)
+    assert_close((y, total), (expected, x + residual))
+    g, h = torch.randn_like(expected), torch.randn_like(expected)
+    assert_close(
+        torch.autograd.grad((y, total), leaves, (g, h)), torch.autograd.grad((expected, x + residual), leaves, (g, h))
+    )
+
+
+def test_sum_alone_and_frozen_operands() -> None:
+    x, residual, weight, bias = operands()
+    _, total = added(x, residual, weight, bias)
+    assert [g is None for g in torch.autograd.grad(total.sum(), (x, residual, weight), allow_unused=True)] == [
+        False,
+        False,
+        True,
+    ]
+    y, _ = added(x.detach(), residual.detach(), weight, bias)
+    assert_close(torch.autograd.grad(y.sum(), bias)[0], torch.full((5,), 3.0, dtype=torch.float64))
+
+
+def test_strides_and_broadcast() -> None:
+    for x in (torch.randn(6, 5).t(), torch.randn(5, 12)[:, ::2], torch.randn(1, 6).expand(5, 6)):
+        y = layer_norm(x, (6,))
+        assert_close(y, F.layer_norm(x, (6,)))
+        assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("width", [1, 2, 3, 17, 64, 100, 768, 3000])
+def test_no_worse_than_torch(width: int, offset: float) -> None:
+    x = torch.randn(20, width) + offset
+    truth = reference.layer_norm(x.numpy(), eps=1e-5).y
+    error = np.abs(layer_norm(x, (width,)).numpy() - truth).max()
+    assert error <= peer_bound(F.layer_norm(x, (width,)).numpy(), truth)
+
+
+def test_runs_on_its_kernels() -> None:
+    x, residual, weight, bias = operands(dtype=torch.float32)
+    with fastconv.observe() as records:
+        added(x, residual, weight, bias)[0].sum().backward()
+    assert [r.op for r in records] == ["layer_norm_fwd", "layer_norm_bwd"]
+    assert fastconv.explain("layer_norm_bwd", x, (5,), weight, bias).chosen
+
+
+def test_gradcheck() -> None:
+    x, residual, weight, bias = operands()
+    options = {"check_forward_ad": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(added, (x, residual, weight, bias), **options)
+    assert torch.autograd.gradcheck(added, (x, None, weight, None), **options)
+    assert torch.autograd.gradgradcheck(added, (x, residual, weight, bias))
+    assert torch.autograd.gradgradcheck(added, (x, None, None, None))
+
+
+@pytest.mark.parametrize("batched", [b for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)
+def test_vmap(batched: tuple[bool, ...]) -> None:
+    shapes = (3, 5), (3, 5), (5,), (5,)
+    inputs = [
+        torch.randn(4, *s, dtype=torch.float64) if b else torch.randn(s, dtype=torch.float64)
+        for b, s in zip(batched, shapes)
+    ]
+    dims = tuple(0 if b else None for b in batched)
+
+    def theirs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        return F.layer_norm(x + residual, (5,), weight, bias), x + residual
+
+    assert_close(torch.vmap(added, dims)(*inputs), torch.vmap(theirs, dims)(*inputs))
+
+    def gradients(f: Any) -> Any:
+        def loss(*t: Tensor) -> Tensor:
+            y, total = f(*t)
+            return (y.sin() + total.cos()).sum()
+
+        return torch.vmap(torch.func.grad(loss, (0, 1, 2, 3)), dims)(*inputs)
+
+    assert_close(gradients(added), gradients(theirs))
+
+
+def test_registered_ops() -> None:
+    x, residual, weight, bias = (t.detach().float().requires_grad_() for t in operands())
+    torch.library.opcheck(OPS.layer_norm_fwd.default, (x, residual, weight, bias, 1e-5))
+    _, total, mean, rstd = (t.detach() for t in OPS.layer_norm_fwd(x, residual, weight, bias, 1e-5))
+    dy = torch.randn_like(x)
+    for wants in ((True, False, True), (False, True, False)):
+        torch.library.opcheck(OPS.layer_norm_bwd.default, (dy, None, total, mean, rstd, weight, 1e-5, *wants))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, r, w, b: (x[0], r, w, b),
+        lambda x, r, w, b: (x, r[:2], w, b),
+        lambda x, r, w, b: (x, r, w[:3], b),
+        lambda x, r, w, b: (x, r, w, b.float()),
+    ],
+)
+def test_registered_ops_refuse(change: Any) -> None:
+    with pytest.raises(RuntimeError, match="fastconv::layer_norm_fwd"):
+        OPS.layer_norm_fwd(*change(*operands()), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_without_a_break() -> None:
+    inputs = operands()
+    compiled = torch.compile(lambda *t: added(*t)[0].sin(), backend="aot_eager", fullgraph=True)
+    found, expected = compiled(*inputs), added(*inputs)[0].sin()
+    assert_close(found, expected)
+    assert_close(torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(expected.sum(), inputs))
+
+
+def test_module_and_convert() -> None:
+    theirs = torch.nn.LayerNorm((2, 3), elementwise_affine=True)
+    torch.nn.init.normal_(theirs.weight)
+    x = torch.randn(4, 2, 3)
+    expected = theirs(x)
+    assert fastconv.convert(theirs).swapped == {"LayerNorm": 1}
+    assert type(theirs) is fastconv.nn.LayerNorm
+    with fastconv.observe() as records:
+        assert_close(theirs(x), expected)
+    assert [r.op for r in records] == ["layer_norm_fwd"]
+    fastconv.revert(theirs)
+    assert type(theirs) is torch.nn.LayerNorm
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "args", "options"),
+    [
+        (RuntimeError, r"Given normalized_shape=\[4\], expected input with shape \[\*, 4\]", ((2, 3), (4,)), {}),
+        (RuntimeError, r"Given normalized_shape=\[2, 3\]", ((3,), (2, 3)), {}),
+        (RuntimeError, "at least 1-dimensional", ((2, 3), ()), {}),
+        (RuntimeError, "Expected weight to be of same shape", ((2, 3), (3,)), {"weight": torch.ones(2)}),
+        (RuntimeError, "Expected bias to be of same shape", ((2, 3), (3,)), {"bias": torch.ones(3, 1)}),
+        (RuntimeError, "mixed dtype", ((2, 3), (3,)), {"weight": torch.ones(3).double()}),
+        (RuntimeError, "residual has shape", ((2, 3), (3,)), {"residual": torch.ones(3)}),
+        (TypeError, "normalized_shape", ((2, 3), 3), {}),
+        (TypeError, "input", (None, (3,)), {}),
+    ],
+)
+def test_errors(error: type[Exception], message: str, args: Any, options: Any) -> None:
+    x = None if args[0] is None else torch.ones(args[0])
+    with pytest.raises(error, match=message):
+        layer_norm(x, args[1], **options)
+    if "residual" not in options:
+        with pytest.raises(error):
+            F.layer_norm(x, args[1], **options)
