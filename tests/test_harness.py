@@ -211,7 +211,7 @@ class FakeNative:
         p = problem
         x_shape = (p.N, p.C, p.H, p.W)
 
-        def run_conv2d(x: int, w: int, bias: int, residual: int, y: int, workspace: int) -> None:
+        def run_conv2d(x: int, w: int, bias: int, residual: int, y: int, packed: int, *, workspace: int) -> None:
             y_shape = (p.N, p.K, p.P, p.Q)
             memory = {"x": array(x, x_shape, p.x), "y": array(y, y_shape, p.y)}
             memory["w"] = array(w, (p.K, p.C // p.groups, p.R, p.S), p.w[1:])
