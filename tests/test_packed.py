@@ -28,7 +28,7 @@ def test_packed_filters_give_the_same_bits(name: str) -> None:
     op, algorithm, dtype, _ = name.split(".")
     cases = [case for case in harness.accepted(name) if isinstance(case, ConvCase) and size(name, case)]
     if not cases:
-        assert algorithm in ("direct", "im2col", "depthwise")
+        assert algorithm in ("direct", "im2col", "depthwise", "grouped")
         pytest.skip("reads filters where they lie")
     for case in cases[::8]:
         inputs, _ = harness.problem_data(op, case)
