@@ -86,7 +86,7 @@ function(fastconv_add_cuda_objects target name architectures)
   add_library(${name} OBJECT ${ARGN})
   target_include_directories(${name} PRIVATE csrc)
   target_link_libraries(${name} PRIVATE CUDA::cudart_static)
-  target_compile_definitions(${name} PRIVATE FASTCONV_CUDA_ARCHITECTURES="${FASTCONV_CUDA_BUILT_FOR}")
+  target_compile_definitions(${name} PRIVATE FASTCONV_CUDA FASTCONV_CUDA_ARCHITECTURES="${FASTCONV_CUDA_BUILT_FOR}")
   target_compile_features(${name} PRIVATE cxx_std_20)
   set_target_properties(${name} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static
                                            CUDA_ARCHITECTURES "${architectures}")

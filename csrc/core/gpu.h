@@ -1,4 +1,4 @@
-// GPUs as data. Defined by cuda/gpu.cpp, in builds with CUDA kernels only: without them there is no row that asks.
+// GPUs as data.
 #pragma once
 
 #include <string>
@@ -7,6 +7,10 @@ namespace fastconv {
 
 // "" when this build's CUDA kernels run on the device with this number, or on any where it is kAnyGpu; otherwise why not. Starts
 // the driver where there is one.
+#ifdef FASTCONV_CUDA
 std::string why_not_on_gpu(int device);
+#else
+inline std::string why_not_on_gpu(int) { return "this build has no CUDA kernel"; }
+#endif
 
 }  // namespace fastconv
