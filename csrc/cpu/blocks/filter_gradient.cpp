@@ -1,5 +1,6 @@
 #include "cpu/blocks/filter_gradient.h"
 
+#include "cpu/blocks/ahead.h"
 #include "cpu/blocks/bias_gradient.h"
 #include "cpu/blocks/columns.h"
 #include "cpu/blocks/conv2d_geometry.h"
@@ -14,6 +15,9 @@ namespace {
 // Pixels between two visits to the sums. 512 pixels x 64 channels of floats are 128 KB; a visit then costs 48 of 6144 cycles'
 // worth of loads and stores.
 constexpr int64_t kMaxPixels = 512;
+// And where the sums are in L2 anyway: half the packed pixels leave room for those fetched ahead.
+constexpr int64_t kMaxPixelsAhead = 256;
+constexpr int64_t kMaxSumsAhead = 512 * 1024;  // bytes
 // Filters whose packed pixels are kept at a time: 512 x 256 floats are 512 KB, half of an L2.
 constexpr int64_t kMaxFilters = 256;
 
@@ -39,8 +43,13 @@ struct Chunk {
 struct Chunks {
   EvenSplit parts, samples;  // large planes are cut, small ones are taken several samples at a time
 
-  explicit FC_INLINE Chunks(const Conv2dProblem& a)
-      : parts(a.P * a.Q, kMaxPixels), samples(a.N, a.P * a.Q >= kMaxPixels ? 1 : kMaxPixels / (a.P * a.Q)) {}
+  FC_INLINE Chunks(const Conv2dProblem& a, int64_t pixels)
+      : parts(a.P * a.Q, pixels), samples(a.N, a.P * a.Q >= pixels ? 1 : pixels / (a.P * a.Q)) {}
+  template <class T>
+  static Chunks of(const Conv2dProblem& a) {
+    const int64_t sums = a.K * a.R * a.S * (a.C / a.groups) * int64_t(sizeof(T));
+    return {a, a.P * a.Q > kMaxPixels && sums <= kMaxSumsAhead ? kMaxPixelsAhead : kMaxPixels};
+  }
   FC_INLINE int64_t count() const { return parts.parts * samples.parts; }
   FC_INLINE int64_t largest() const { return parts.largest() * samples.largest(); }
   FC_INLINE Chunk at(int64_t i) const {
@@ -191,6 +200,14 @@ void pack_columns(const Conv2dProblem& a, const Chunk& chunk, const ColumnPart& 
   });
 }
 
+// --- the pixels of a chunk, channels last and without gaps between rows, to be fetched before they are packed
+
+template <class T>
+Ahead ahead(const T* first, const Stride4& strides, int64_t columns, const Chunk& chunk) {
+  if (strides.c != 1 || strides.h != columns * strides.w || chunk.samples != 1) return {};
+  return {first + chunk.n * strides.n + chunk.first * strides.w, chunk.pixels * strides.w};
+}
+
 // --- the sums: in w itself where a filter's channels are contiguous, else in [k][tap][c] of the workspace
 
 template <class T>
@@ -280,6 +297,11 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
       const T* y = static_cast<const T*>(args.y) + (task.g * filters + k_block) * a.y.c;
       const T* x = static_cast<const T*>(args.x) + task.g * channels * a.x.c;
       if (!rows_in_place(a)) pack_rows(a, chunk, y, count, scratch.rows);
+      Ahead next_y, next_x;
+      if (i + 1 < chunks.count()) {
+        next_y = ahead(y, a.y, a.Q, chunks.at(i + 1));
+        if (a.P == a.H && a.Q == a.W) next_x = ahead(x, a.x, a.W, chunks.at(i + 1));
+      }
       for (int64_t panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int64_t tap = panel / shares.vectors.parts, part = panel % shares.vectors.parts;
         const int vectors = int(shares.vectors.size(part));
@@ -304,9 +326,11 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
               a_rows[m] = scratch.rows + tiles.begin(tile) + m;
             }
           }
-          const TileInput<T> in = rows_in_place(a) ? TileInput<T>{a_rows, 1, scratch.columns, width, chunk.samples, chunk.pixels}
-                                                   : TileInput<T>{a_rows, row_step<T>(count), scratch.columns, width, 1, pixels};
+          TileInput<T> in = rows_in_place(a) ? TileInput<T>{a_rows, 1, scratch.columns, width, chunk.samples, chunk.pixels}
+                                             : TileInput<T>{a_rows, row_step<T>(count), scratch.columns, width, 1, pixels};
           const TileOutput<T> out = {w, &piece, 1, i > 0, false, Activation::none, nullptr, nullptr, nullptr, nullptr};
+          in.next = next_y.take(pixels);
+          if (!in.next) in.next = next_x.take(pixels);
           gemm_tile(rows, vectors, in, out);
         }
       }
@@ -320,14 +344,14 @@ template <class T>
 int64_t filter_gradient_workspace(const Conv2dProblem& problem, const Machine& machine) {
   const Conv2dProblem a = flatten(problem);
   Arena arena(nullptr);
-  const Scratch<T> counted(arena, a, Chunks(a));
+  const Scratch<T> counted(arena, a, Chunks::of<T>(a));
   return arena.used() * machine.threads + sums_bytes<T>(a);
 }
 
 template <class T>
 void filter_gradient_run(const Conv2dProblem& problem, const Conv2dArgs& args, const Context& context) {
   const Conv2dProblem a = flatten(problem);
-  const Chunks chunks(a);
+  const Chunks chunks = Chunks::of<T>(a);
   const Shares shares = Shares::of<T>(a, context.machine->threads);
   const int64_t filters = a.K / a.groups, channels = a.C / a.groups, plane = a.R * a.S;
   T* w = static_cast<T*>(args.w);
@@ -360,7 +384,7 @@ double filter_gradient_efficiency(const Conv2dProblem& problem) {
   const double filters = double(a.K / a.groups);
   const int64_t columns = Columns::of<T>(a).count;
   const double lanes = double(columns) / double(round_up(columns, kLanes<T>));
-  const double pixels = double(Chunks(a).largest());
+  const double pixels = double(Chunks::of<T>(a).largest());
   const double start = pixels / (pixels + 12);  // a tile's prologue and stores take about as long as twelve steps
   const double pack = a.x.c == 1 ? 4 : 12;      // a packed pixel costs as much as its use by so many filters
   return 0.9 * lanes * start * filters / (filters + pack);

@@ -35,6 +35,9 @@ struct TileInput {
   int64_t width;      // elements from one row of b to the next
   int64_t taps;
   int64_t depth;  // of one tap
+  // Where given, `a` holds one pointer for each row, and tap t lies so many elements behind it.
+  const int64_t* tap_offsets = nullptr;
+  const char* next = nullptr;  // a line of it is fetched into L2 at every depth: what is packed after this tile, or absent
 };
 
 // Columns begin..end-1 of a tile lie at y[m] + offset + (column - begin)*step. A convolution's rows end where they end: a tile of
