@@ -18,7 +18,7 @@ from fastconv.bench.cases import Conv, make
 from fastconv.bench.networks import layer_cases
 from fastconv.bench.runner import Settings, derive, error_of, run
 from fastconv.bench.shapes import LinearShape, parse_conv, parse_linear, parse_pool, parse_sdpa, short
-from fastconv.bench.summary import group, losses, rows, scaling
+from fastconv.bench.summary import group, losses, rows, scaling, selection
 from fastconv.testing.timing import Contestant, Probe, Protocol, Samples, geometric_mean, interleave
 
 QUICK = Protocol(repetitions=9, max_repetitions=9, min_sample_s=1e-6, warmup_s=0.0, max_seconds=1.0)
@@ -335,6 +335,30 @@ def test_scaling() -> None:
     both = [entry("fastconv", 0.02), entry("fastconv", 0.0125, threads=2), entry("fastconv", 0.02, "nchw", threads=2)]
     short_one = [entry("fastconv", 0.0005), entry("fastconv", 0.0005, threads=2)]
     assert [speedup for _, speedup in scaling(rows(document((1, both), (1, short_one))))] == [pytest.approx(1.6)]
+
+
+def test_selection() -> None:
+    """The choice is compared with every forced kernel; the same kernel's two rows are one; declined ones are not there."""
+
+    def contestant(algorithm: str, kernel: str, seconds: float | None, **more: Any) -> dict[str, Any]:
+        return entry("fastconv", seconds, **more) | {"algorithm": algorithm, "kernel": f"conv2d_fwd.{kernel}.f32.avx2"}
+
+    right = [
+        contestant("auto", "direct", 0.02),
+        contestant("direct", "direct", 0.01),
+        contestant("im2col", "im2col", 0.015),
+    ]
+    wrong = [
+        contestant("auto", "direct", 0.03),
+        contestant("direct", "direct", 0.04),
+        contestant("im2col", "im2col", 0.02),
+    ]
+    alone = [contestant("auto", "direct", 0.03), contestant("im2col", "", None, status="declined", reason="")]
+    found = selection(rows(document((1, right), (1, wrong), (1, alone))))
+    assert [(row.match["shape"], loss, best.algorithm) for row, loss, best in found] == [
+        ("n1c0", 1.0, "direct"),
+        ("n1c1", pytest.approx(1.5), "im2col"),
+    ]
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ examples:
   fastconv bench conv2d --shape n1c64h56k64r3p1 --threads 1,2 --layout nhwc --algorithms all
   fastconv bench resnet50 --batch 1,8 --pass fwd,dgrad,wgrad --json resnet50.json
   fastconv bench model resnet18 --train --batch 8
+  fastconv bench mobilenet_v2 --all-algorithms --peers none
 """
 
 # Typed shapes when none are given: one layer of each kind, at the sizes they have in ResNet-50 and MobileNetV2.
@@ -115,6 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--algorithms", type=_names(), default=("auto",), help="auto, all, or names of algorithms (auto)"
+    )
+    parser.add_argument(
+        "--all-algorithms",
+        dest="algorithms",
+        action="store_const",
+        const=("auto", "all"),
+        help="the same as --algorithms auto,all: is what fastconv chooses the fastest?",
     )
     parser.add_argument("--isa", type=_names(), default=("auto",), help="auto, or targets such as avx2,avx512 (auto)")
     parser.add_argument(

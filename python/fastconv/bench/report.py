@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastconv.bench.context import warnings
-from fastconv.bench.summary import Group, Row, by_layout, chosen, group, grouped, losses, rows, scaling
+from fastconv.bench.summary import Group, Row, by_layout, chosen, group, grouped, losses, rows, scaling, selection
 
 Record = dict[str, Any]
 
 _WIDTH = 120
+_NEAR = 1.05  # a choice this close to the fastest is as good: two runs of one kernel differ by as much
 
 
 def console() -> Console:
@@ -114,6 +115,7 @@ class Reporter:
         titles = "rows >T >geomean >lowest >slower >total_ms >torch_ms >ratio >%_of_peak >void"
         self.table([title.replace("_", " ") for title in titles.split()], lines)
         self._thread_scaling(members)
+        self._selection(members)
         lost = losses(members)
         if lost:
             self.say(f"\nslower than torch: {len(lost)} of {len(chosen(members))} rows", "bold")
@@ -126,6 +128,20 @@ class Reporter:
             low, mid = min(part), statistics.median(part)
             figures = f"median {mid:.2f}×, lowest {low:.2f}× ({len(part)} rows)"
             self.say(f"\n{threads} threads against 1, rows over 1 ms: {figures}")
+
+    def _selection(self, members: Sequence[Row]) -> None:
+        compared = selection(members)
+        if not compared:
+            return
+        missed = sorted((found for found in compared if found[1] > _NEAR), key=lambda found: -found[1])
+        near = len(compared) - len(missed)
+        share = f"{near} of {len(compared)} rows ({100 * near / len(compared):.0f} %)"
+        self.say(f"\nfastconv's choice is within {100 * (_NEAR - 1):.0f} % of its fastest algorithm: {share}", "bold")
+        if missed:
+            cells = [
+                [f"{loss:.2f}", *_what(row), *_identity(row), row.kernel, best.kernel] for row, loss, best in missed
+            ]
+            self.table([">× fastest", "op", "pass", "shape", "lay", ">T", "chosen", "fastest"], cells)
 
 
 def _by_threads(speedups: Sequence[tuple[Row, float]]) -> dict[int, list[float]]:

@@ -161,5 +161,24 @@ def scaling(members: Iterable[Row]) -> list[tuple[Row, float]]:
     return found
 
 
+def selection(members: Iterable[Row]) -> list[tuple[Row, float, Row]]:
+    """Rows of fastconv's own choice beside forced ones: how many times the fastest row's time it takes, and that row.
+
+    The choice's time is the better of its own row's and of the row in which the same kernel was forced, so that the noise
+    between two runs of one kernel does not count as a mistake.
+    """
+    members = [row for row in members if row.ok]
+    found = []
+    for alike in grouped(members, lambda row: (id(row.match), row.variant[:-1])).values():
+        choice = next((row for row in alike if row.algorithm == "auto"), None)
+        forced = [row for row in alike if row.algorithm != "auto"]
+        if choice is None or not forced:
+            continue
+        best = min(forced, key=lambda row: row.entry["median_s"])
+        own = min(row.entry["median_s"] for row in alike if row.entry["kernel"] == choice.entry["kernel"])
+        found.append((choice, max(1.0, own / best.entry["median_s"]), best))
+    return found
+
+
 def _present(values: Iterable[float | None]) -> tuple[float, ...]:
     return tuple(sorted(value for value in values if value is not None))
