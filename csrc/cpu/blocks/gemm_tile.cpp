@@ -53,6 +53,8 @@ namespace {
 template <class T, int kRows, int kVectors>
 void tile(const TileInput<T>& in, const TileOutput<T>& out) {
   constexpr int kL = kLanes<T>;
+  // Narrow tiles load for every FMA or two and have no slot left for prefetches: 96 -> 101 GFLOP/s on 144 -> 32 channels of 1x1.
+  constexpr bool kWide = kVectors > 2;
   vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
@@ -81,11 +83,13 @@ void tile(const TileInput<T>& in, const TileOutput<T>& out) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         panel[v] = load(b + v * kL);
-        __builtin_prefetch(b + v * kL + kPanelAhead * in.width);
+        if (kWide) __builtin_prefetch(b + v * kL + kPanelAhead * in.width);
       }
-      __builtin_prefetch(a[0] + d + kRowsAhead * in.a_step);
-      __builtin_prefetch(next, 0, 2);
-      next += 64;
+      if (kWide) {
+        __builtin_prefetch(a[0] + d + kRowsAhead * in.a_step);
+        __builtin_prefetch(next, 0, 2);
+        next += 64;
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
         const vec<T> row = set1(a[m][d]);
