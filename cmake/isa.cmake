@@ -22,6 +22,8 @@ function(fastconv_add_isa target flags)
     # GCC 12's avx512fintrin.h warns about its own _mm512_undefined_ps.
     target_compile_options(fastconv_cpu_${target} PRIVATE -Wno-uninitialized -Wno-maybe-uninitialized)
   endif()
+  # Read once for each ISA and not by each of its files, most of which compile in a second.
+  target_precompile_headers(fastconv_cpu_${target} PRIVATE csrc/cpu/simd/vec.h csrc/core/kernel.h)
   target_sources(fastconv_kernels PRIVATE $<TARGET_OBJECTS:fastconv_cpu_${target}>)
 endfunction()
 

@@ -272,8 +272,9 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
           copy_window(a, chunk, x, count, at, scratch.window);
           x = scratch.window;
         }
-        // Where the channels of a tap are neighbours in w, those of a block are a run for each tap.
-        const int64_t runs = a.w.c == 1 ? plane : 1, run = count * plane / runs;
+        // Part of the channels, where those of a tap are neighbours in w, is a run of rows for each tap.
+        const bool in_runs = a.w.c == 1 && count < channels;
+        const int64_t runs = in_runs ? plane : 1, run = count * plane / runs;
         for (int64_t panel = 0; panel < panels.parts; ++panel) {
           const int vectors = int(panels.size(panel));
           const int64_t k = panels.begin(panel) * kL, width = vectors * kL;
@@ -281,7 +282,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
           const EvenSplit tiles(run, GemmTile::rows(vectors));
           for (int64_t tile = 0; tile < runs * tiles.parts; ++tile) {
             const int64_t tap = tile / tiles.parts, in_run = tile % tiles.parts;
-            const int64_t first = (a.w.c == 1 ? tap * channels + c0 : c0 * plane) + tiles.begin(in_run);
+            const int64_t first = (in_runs ? tap * channels + c0 : c0 * plane) + tiles.begin(in_run);
             const int rows = int(tiles.size(in_run));
             const T* a_rows[GemmTile::kMaxRows];
             T* out_rows[GemmTile::kMaxRows];
