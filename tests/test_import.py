@@ -130,3 +130,27 @@ def test_no_function_has_the_name_of_a_module() -> None:
     """Importing fastconv.X anywhere leaves the module in fastconv's namespace as X, in place of a function X."""
     modules = {module.name for module in pkgutil.iter_modules(fastconv.__path__)}
     assert not modules & fastconv._HOMES.keys()
+
+
+SUBNORMALS = """
+    import torch
+    import fastconv
+    import fastconv.functional as F
+
+    {before}
+    x, tiny = torch.full((2, 32, 64, 64), 1e-40), 2.0**-1074
+    y = F.conv2d(x, torch.ones(32, 1, 1, 1), groups=32)  # loads the kernels, and runs them on every thread
+    assert torch.equal(x.view(torch.int32), y.view(torch.int32)), "a kernel flushes subnormal numbers"
+    assert 2 * tiny / 2 == tiny != 0, "the process flushes subnormal numbers"
+    """
+
+
+def test_subnormal_numbers_stay_in_kernels_and_in_the_user_s_process() -> None:
+    """-ffast-math anywhere in the build would link start-up code that turns on flush-to-zero for everybody."""
+    result = run(SUBNORMALS.format(before=""))
+    assert result.returncode == 0, other_lines(result)
+
+
+def test_flush_to_zero_would_be_seen() -> None:
+    result = run(SUBNORMALS.format(before="assert torch.set_flush_denormal(True)"))
+    assert any("flushes subnormal numbers" in line for line in other_lines(result))
