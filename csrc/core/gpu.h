@@ -1,4 +1,4 @@
-// GPUs as data.
+// GPUs as data. Defined by cuda/gpu.cpp, in builds with CUDA kernels.
 #pragma once
 
 #include <string>
