@@ -355,8 +355,12 @@ double cost(const Conv2dProblem& problem, const Machine& machine) {
   const double row = double(a.Q) / (double(a.Q) + 1);  // and the start of an output row as long as one
   const double order = total / (total + 40);           // what it takes to bring a sum into w is worth 40 pixels
   const double pack_y = a.y.c == 1 ? 4 : 12;           // a packed pixel costs as much as its use by so many rows
-  const double pack_x = in_place(a) ? 0 : a.x.w == 1 ? 4 : 32;
-  const double packs = rows / (rows + pack_y) * filters * taps / (filters * taps + pack_x * double(a.stride_h * a.stride_w));
+  // So does a copied element of x, of which strides and dilations make many for each pixel.
+  const Chunk largest = Chunks(a).largest();
+  const Window size = window(a, largest);
+  const double copied = double(size.height * size.width) / double(largest.rows * largest.columns);
+  const double pack_x = (in_place(a) ? 0 : a.x.w == 1 ? 4 : 32) * copied;
+  const double packs = rows / (rows + pack_y) * filters * taps / (filters * taps + pack_x);
   return conv2d_flops(a) / (peak_flops<T>(machine) * 0.95 * lanes * start * row * order * packs);
 }
 
