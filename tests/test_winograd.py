@@ -31,8 +31,37 @@ def test_error_stays_within_what_the_default_may_pick(name: str, layout: str) ->
     op = name.split(".")[0]
     inputs, truth = harness.problem_data(op, case, fill.rectified if op == "conv2d_fwd" else fill.normal)
     result = harness.run(op, case, "f32", inputs, force=name)
-    output = "y" if op == "conv2d_fwd" else "x"
+    output = {"conv2d_fwd": "y", "conv2d_dgrad": "x", "conv2d_wgrad": "w"}[op]
     assert relative_l2(result.outputs[output], truth.outputs[output]) <= {2: 2e-6, 4: 4e-6, 6: 2e-5}[tile_size(name)]
+
+
+@pytest.mark.parametrize("name", [k for k in WINOGRAD if "_wgrad" in k])
+def test_the_error_of_a_filter_gradient_stays_small_over_many_tiles(name: str) -> None:
+    """Its sums run over all tiles of a batch: 1568 here. Channels of every vector's remainder cost no accuracy."""
+    case = conv_case("n8c17h56w56k18r3s3u1p1d1g1-nhwc")
+    inputs, truth = harness.problem_data("conv2d_wgrad", case, fill.rectified)
+    result = harness.run("conv2d_wgrad", case, "f32", inputs, force=name)
+    assert relative_l2(result.outputs["w"], truth.outputs["w"]) <= 4e-6
+
+
+@pytest.mark.parametrize("name", [k for k in WINOGRAD if "_wgrad" in k])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n3c70h11w13k130r3s3u1p1d1g1-nhwc",  # more blocks of channels and filters than one, each with a remainder
+        "n3c70h11w13k130r3s3u1p1d1g1-nchw",
+        "n1c9h3w300k11r3s3u1p1d1g1-nhwc",  # rows of tiles that are cut
+        "n5c140h4w5k24r3s3u1p2d1g2-nchw",
+    ],
+)
+def test_blocks_of_a_filter_gradient_keep_the_bits_for_any_threads(name: str, text: str) -> None:
+    case = conv_case(text)
+    harness.check(name, case)
+    inputs, _ = harness.problem_data("conv2d_wgrad", case, fill.normal)
+    one, *others = (
+        harness.run("conv2d_wgrad", case, "f32", inputs, force=name, threads=n).outputs["w"] for n in (1, 2, 3, 16)
+    )
+    assert all(np.array_equal(one, other) for other in others)
 
 
 @pytest.mark.parametrize("name", [k for k in WINOGRAD if "_fwd" in k])
@@ -60,9 +89,10 @@ def test_a_nan_stays_in_the_tiles_that_read_it(name: str) -> None:
 def test_strict_accuracy_rules_it_out() -> None:
     torch = pytest.importorskip("torch")
     x, w = torch.randn(8, 64, 56, 56), torch.randn(64, 64, 3, 3)
-    assert "winograd" in fastconv.explain("conv2d_fwd", x, w, padding=1).chosen
+    ops = ("conv2d_fwd", "conv2d_dgrad", "conv2d_wgrad")
+    assert all("winograd" in fastconv.explain(op, x, w, padding=1).chosen for op in ops)
     fastconv.set_accuracy("strict")
     try:
-        assert "winograd" not in fastconv.explain("conv2d_fwd", x, w, padding=1).chosen
+        assert not any("winograd" in fastconv.explain(op, x, w, padding=1).chosen for op in ops)
     finally:
         fastconv.set_accuracy("fast")

@@ -4,10 +4,9 @@
 #include "cpu/blocks/conv2d_geometry.h"
 #include "cpu/blocks/filter_panel.h"
 #include "cpu/blocks/gemm_tile.h"
-#include "cpu/blocks/load_pixels.h"
 #include "cpu/blocks/parallel.h"
 #include "cpu/blocks/split.h"
-#include "cpu/blocks/winograd_transform.h"
+#include "cpu/blocks/winograd_windows.h"
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
@@ -18,8 +17,6 @@ namespace {
 constexpr int64_t kTileBytes = 800 << 10, kLeastTiles = 24;
 // Transformed filters that are kept, for all threads: they fit an L3. Where there are more, x is transformed once for each part.
 constexpr int64_t kFilterBytes = 9 << 19;
-// Tiles of one row that are transposed together, where channels are not contiguous: 64 pixels for F(4x4).
-constexpr int64_t kStripTiles = 16;
 // Channels of filters that are packed before they are transformed: a panel of 9 x 16 x 64 floats is 36 KB.
 constexpr int64_t kFilterChannels = 16;
 
@@ -28,37 +25,21 @@ constexpr int64_t kFilterChannels = 16;
 struct TransformCycles {
   double input, filter, output;
 };
-constexpr TransformCycles kCycles[] = {{9, 16, 7}, {14, 15, 12}, {22, 15, 20}};
+template <class F>
+constexpr TransformCycles kCycles = {};
+template <>
+constexpr TransformCycles kCycles<F<2, 3>> = {9, 16, 7};
+template <>
+constexpr TransformCycles kCycles<F<4, 3>> = {14, 15, 12};
+template <>
+constexpr TransformCycles kCycles<F<6, 3>> = {22, 15, 20};
 // The same for filters that were transformed before and come from memory.
 constexpr double kKeptCycles = 12;
 
-// The outputs of the batch as tiles.
-template <int kPairs>
-struct Grid {
-  static constexpr int64_t kOutput = 2 * kPairs, kInput = kOutput + 2, kPositions = kInput * kInput;
-  int64_t down, across, count;  // tiles of an image, of the batch
-
-  explicit FC_INLINE Grid(const Conv2dProblem& a)
-      : down((a.P + kOutput - 1) / kOutput), across((a.Q + kOutput - 1) / kOutput), count(a.N * down * across) {}
-
-  // visit(n, first output row, tile column, tiles, tiles before) for stretches of at most kStripTiles tiles of one row.
-  template <class Visit>
-  FC_INLINE void for_each_strip(int64_t begin, int64_t end, const Visit& visit) const {
-    for (int64_t t = begin; t < end;) {
-      const int64_t column = t % across, row = t / across % down, n = t / across / down;
-      int64_t tiles = across - column < end - t ? across - column : end - t;
-      tiles = tiles < kStripTiles ? tiles : kStripTiles;
-      visit(n, row * kOutput, column, tiles, t - begin);
-      t += tiles;
-    }
-  }
-};
-
 // Sizes of what is kept, in elements: V is [position][tile][depth], U [panel][position][c][width], and the products
 // [position][tile][width]. A vector between positions keeps them out of one another's cache sets.
-template <class T, int kPairs>
+template <class T, class F>
 struct Blocking {
-  using G = Grid<kPairs>;
   static constexpr int64_t kL = kLanes<T>;
   EvenSplit vectors;                     // the filters of a group, in vectors, cut into panels
   EvenSplit blocks;                      // the tiles of the batch
@@ -69,7 +50,7 @@ struct Blocking {
 
   Blocking(const Conv2dProblem& a, int threads)
       : vectors((a.K / a.groups + kL - 1) / kL, GemmTile::kMaxVectors),
-        blocks(G(a).count, block_of(a, vectors.largest())),
+        blocks(Grid<F>(a).count, block_of(a, vectors.largest())),
         depth(round_up(a.C / a.groups, kL)),
         width(vectors.largest() * kL),
         v_step(blocks.largest() * depth + kL),
@@ -77,158 +58,58 @@ struct Blocking {
         product_step(blocks.largest() * width + kL),
         // Filters that meet one block only need not wait for another.
         panels_kept(blocks.parts == 1 ? (threads < vectors.parts ? threads : vectors.parts)
-                                      : clamp(kFilterBytes / (G::kPositions * u_step * int64_t(sizeof(T))), 1, vectors.parts)),
+                                      : clamp(kFilterBytes / (F::kPositions * u_step * int64_t(sizeof(T))), 1, vectors.parts)),
         splits(blocks.parts % threads == 0 || blocks.parts >= 8 * threads ? 1 : threads) {}
 
   static int64_t block_of(const Conv2dProblem& a, int64_t widest) {
     constexpr int64_t rows = GemmTile::rows(GemmTile::kMaxVectors);
-    const int64_t bytes = G::kPositions * (a.C / a.groups + widest * kL) * int64_t(sizeof(T));
+    const int64_t bytes = F::kPositions * (a.C / a.groups + widest * kL) * int64_t(sizeof(T));
     const int64_t fit = kTileBytes / bytes;
     return (fit > kLeastTiles ? fit : kLeastTiles) / rows * rows;
   }
-  FC_INLINE int64_t panel_size() const { return G::kPositions * u_step; }
+  FC_INLINE int64_t panel_size() const { return F::kPositions * u_step; }
 };
 
 // Scratch of one thread.
-template <class T, int kPairs>
+template <class T, class F>
 struct Scratch {
-  using G = Grid<kPairs>;
   T *v, *products;
   T* packed;      // [tap][c][width]
   T* strip;       // [row][pixel][lane]: pixels of one vector of channels or filters
   int64_t* held;  // the block of tiles that v holds, counted over all groups
 
-  Scratch(Arena& arena, const Blocking<T, kPairs>& blocking) {
-    v = arena.take<T>(G::kPositions * blocking.v_step);
-    products = arena.take<T>(G::kPositions * blocking.product_step);
-    packed = arena.take<T>(9 * kFilterChannels * blocking.width);
-    strip = arena.take<T>(G::kInput * (kStripTiles * G::kOutput + kLanes<T>)*kLanes<T>);
+  Scratch(Arena& arena, const Blocking<T, F>& blocking) {
+    v = arena.take<T>(F::kPositions * blocking.v_step);
+    products = arena.take<T>(F::kPositions * blocking.product_step);
+    packed = arena.take<T>(F::kTaps * F::kTaps * kFilterChannels * blocking.width);
+    strip = arena.take<T>(kStripElements<F, T>);
     held = arena.take<int64_t>(1);
   }
 };
 
-// --- transform: x to V
-
-template <class T, int kPairs>
-void transform_input(const T* x, int64_t row_step, int64_t column_step, T* v, int64_t v_step) {
-  constexpr int kInput = Grid<kPairs>::kInput;
-  vec<T> half[kInput][kInput], line[kInput], mapped[kInput];
-  for (int j = 0; j < kInput; ++j) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kInput; ++i) line[i] = load(x + i * row_step + j * column_step);
-    winograd_input<kPairs>(line, mapped);
-#pragma GCC unroll 8
-    for (int i = 0; i < kInput; ++i) half[i][j] = mapped[i];
-  }
-  for (int i = 0; i < kInput; ++i) {
-    winograd_input<kPairs>(half[i], mapped);
-#pragma GCC unroll 8
-    for (int j = 0; j < kInput; ++j) store(v + (i * kInput + j) * v_step, mapped[j]);
-  }
-}
-
-// Rows h .. h+kInput-1, pixels w .. w+pixels-1 and channels 0 .. lanes-1 of x as strip[row][pixel][lane], zero outside.
-template <class T, int kPairs>
-void gather(const Conv2dProblem& a, const T* x, int64_t h, int64_t w, int64_t pixels, int lanes, T* strip) {
-  constexpr int kL = kLanes<T>;
-  for (int64_t i = 0; i < Grid<kPairs>::kInput; ++i) {
-    const bool inside = uint64_t(h + i) < uint64_t(a.H);
-    const T* row = x + (inside ? (h + i) * a.x.h : 0);
-    for (int64_t j = 0; j < pixels; j += kL) {
-      const int n = pixels - j < kL ? int(pixels - j) : kL;
-      const int lo = int(clamp(-w - j, 0, n)), hi = inside ? int(clamp(a.W - w - j, lo, n)) : lo;
-      T* to = strip + (i * pixels + j) * kL;
-      if (a.x.c == 1) {
-        for (int m = 0; m < n; ++m) {
-          store(to + m * kL, m < lo || m >= hi ? zero<T>() : load(row + (w + j + m) * a.x.w, lanes));
-        }
-        continue;
-      }
-      vec<T> block[kL];
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kL; ++lane) {
-        const T* from = row + lane * a.x.c + (w + j) * a.x.w;
-        __builtin_prefetch(from + kL * a.x.c);  // the next channels', each on a page of its own
-        block[lane] = lane < lanes ? load_pixels(from, a.x.w, lo, hi) : zero<T>();
-      }
-      transpose(block);
-      for (int m = 0; m < n; ++m) store(to + m * kL, block[m]);
-    }
-  }
-}
-
-// The pixels of a channels-last window that its left neighbour does not have.
-template <int kPairs, class T>
-FC_INLINE void prefetch_window(const T* window, const Stride4& stride) {
-  for (int64_t i = 0; i < Grid<kPairs>::kInput; ++i) {
-#pragma GCC unroll 8
-    for (int64_t j = 2; j < Grid<kPairs>::kInput; ++j) __builtin_prefetch(window + i * stride.h + j * stride.w);
-  }
-}
-
-// Tiles first .. first+tiles of the batch, from x of the group to V.
-template <class T, int kPairs>
-void transform_inputs(const Conv2dProblem& a, const Blocking<T, kPairs>& blocking, const T* x, int64_t first, int64_t tiles,
-                      const Scratch<T, kPairs>& scratch) {
-  using G = Grid<kPairs>;
-  constexpr int64_t kL = kLanes<T>, kStep = G::kOutput;
-  const int64_t channels = a.C / a.groups;
-  G(a).for_each_strip(first, first + tiles, [&](int64_t n, int64_t p, int64_t column, int64_t count, int64_t before) {
-    const int64_t h = p - a.pad_top, w = column * kStep - a.pad_left;
-    const T* image = x + n * a.x.n;
-    T* v = scratch.v + before * blocking.depth;
-    if (a.x.c != 1) {
-      const int64_t pixels = count * kStep + 2;
-      for (int64_t c = 0; c < channels; c += kL) {
-        gather<T, kPairs>(a, image + c * a.x.c, h, w, pixels, int(clamp(channels - c, 0, kL)), scratch.strip);
-        for (int64_t t = 0; t < count; ++t) {
-          transform_input<T, kPairs>(scratch.strip + t * kStep * kL, pixels * kL, kL, v + t * blocking.depth + c,
-                                     blocking.v_step);
-        }
-      }
-      return;
-    }
-    const bool rows_inside = h >= 0 && h + G::kInput <= a.H;
-    for (int64_t t = 0; t < count; ++t, v += blocking.depth) {
-      const int64_t left = w + t * kStep;
-      const bool inside = rows_inside && left >= 0 && left + G::kInput <= a.W;
-      for (int64_t c = 0; c < channels; c += kL) {
-        if (inside && c + kL <= channels) {
-          const T* window = image + h * a.x.h + left * a.x.w + c;
-          prefetch_window<kPairs>(window + kStep * a.x.w, a.x);
-          transform_input<T, kPairs>(window, a.x.h, a.x.w, v + c, blocking.v_step);
-        } else {
-          gather<T, kPairs>(a, image + c, h, left, G::kInput, int(clamp(channels - c, 0, kL)), scratch.strip);
-          transform_input<T, kPairs>(scratch.strip, G::kInput * kL, kL, v + c, blocking.v_step);
-        }
-      }
-    }
-  });
-}
-
 // --- transform: w to U
 
 // One panel of `filters` filters, in `width` lanes.
-template <class T, int kPairs>
+template <class T, class F>
 void transform_filters(const Conv2dProblem& a, const T* w, int64_t filters, int64_t width, int64_t u_step, T* packed, T* u) {
-  constexpr int kInput = Grid<kPairs>::kInput, kL = kLanes<T>;
+  constexpr int kInput = F::kInput, kTaps = F::kTaps, kL = kLanes<T>;
   const int64_t channels = a.C / a.groups;
-  int64_t tap_offset[9];
-  for (int t = 0; t < 9; ++t) tap_offset[t] = t / 3 * a.w.r + t % 3 * a.w.s;
+  int64_t tap_offset[kTaps * kTaps];
+  for (int t = 0; t < kTaps * kTaps; ++t) tap_offset[t] = t / kTaps * a.w.r + t % kTaps * a.w.s;
   for (int64_t c0 = 0; c0 < channels; c0 += kFilterChannels) {
     const int64_t count = channels - c0 < kFilterChannels ? channels - c0 : kFilterChannels;
-    pack_filters<T>({w + c0 * a.w.c, a.w.k, a.w.c, tap_offset, 9, count}, filters, width, packed);
+    pack_filters<T>({w + c0 * a.w.c, a.w.k, a.w.c, tap_offset, kTaps * kTaps, count}, filters, width, packed);
     for (int64_t i = 0; i < count * width; i += kL) {
-      vec<T> half[kInput][3], line[3], mapped[kInput];
-      for (int s = 0; s < 3; ++s) {
-#pragma GCC unroll 3
-        for (int r = 0; r < 3; ++r) line[r] = load(packed + (r * 3 + s) * count * width + i);
-        winograd_filter<kPairs>(line, mapped);
+      vec<T> half[kInput][kTaps], line[kTaps], mapped[kInput];
+      for (int s = 0; s < kTaps; ++s) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kTaps; ++r) line[r] = load(packed + (r * kTaps + s) * count * width + i);
+        winograd_filter<F>(line, mapped);
 #pragma GCC unroll 8
         for (int h = 0; h < kInput; ++h) half[h][s] = mapped[h];
       }
       for (int h = 0; h < kInput; ++h) {
-        winograd_filter<kPairs>(half[h], mapped);
+        winograd_filter<F>(half[h], mapped);
 #pragma GCC unroll 8
         for (int j = 0; j < kInput; ++j) store(u + (h * kInput + j) * u_step + c0 * width + i, mapped[j]);
       }
@@ -237,22 +118,21 @@ void transform_filters(const Conv2dProblem& a, const T* w, int64_t filters, int6
 }
 
 // One panel of group g, from the filters of all groups.
-template <class T, int kPairs>
-void transform_panel(const Conv2dProblem& a, const Blocking<T, kPairs>& blocking, const T* w, int64_t g, int64_t panel, T* packed,
+template <class T, class F>
+void transform_panel(const Conv2dProblem& a, const Blocking<T, F>& blocking, const T* w, int64_t g, int64_t panel, T* packed,
                      T* u) {
   const int64_t k = blocking.vectors.begin(panel) * kLanes<T>, width = blocking.vectors.size(panel) * kLanes<T>;
-  transform_filters<T, kPairs>(a, w + g * a.w.g + k * a.w.k, a.K / a.groups - k, width, blocking.u_step, packed, u);
+  transform_filters<T, F>(a, w + g * a.w.g + k * a.w.k, a.K / a.groups - k, width, blocking.u_step, packed, u);
 }
 
 // --- multiply: V·U to products, at every position
 
-template <class T, int kPairs>
-void multiply(const Blocking<T, kPairs>& blocking, const T* v, const T* u, int64_t channels, int64_t tiles, int vectors,
-              T* products) {
+template <class T, class F>
+void multiply(const Blocking<T, F>& blocking, const T* v, const T* u, int64_t channels, int64_t tiles, int vectors, T* products) {
   const int64_t width = vectors * kLanes<T>;
   const EvenSplit rows(tiles, GemmTile::rows(int(blocking.vectors.largest())));
   const ColumnPiece piece = {0, int32_t(width), 0, 1};
-  for (int64_t position = 0; position < Grid<kPairs>::kPositions; ++position) {
+  for (int64_t position = 0; position < F::kPositions; ++position) {
     for (int64_t part = 0; part < rows.parts; ++part) {
       const T* a_rows[GemmTile::kMaxRows];
       T* y[GemmTile::kMaxRows];
@@ -270,19 +150,19 @@ void multiply(const Blocking<T, kPairs>& blocking, const T* v, const T* u, int64
 // --- transform: products to y
 
 // emit(row, column, vector of filters) for the outputs of one tile.
-template <class T, int kPairs, class Emit>
+template <class T, class F, class Emit>
 FC_INLINE void transform_output(const T* products, int64_t step, const Emit& emit) {
-  constexpr int kInput = Grid<kPairs>::kInput, kOutput = Grid<kPairs>::kOutput;
+  constexpr int kInput = F::kInput, kOutput = F::kOutput;
   vec<T> half[kOutput][kInput], line[kInput], mapped[kOutput];
   for (int j = 0; j < kInput; ++j) {
 #pragma GCC unroll 8
     for (int i = 0; i < kInput; ++i) line[i] = load(products + (i * kInput + j) * step);
-    winograd_output<kPairs>(line, mapped);
+    winograd_output<F>(line, mapped);
 #pragma GCC unroll 8
     for (int i = 0; i < kOutput; ++i) half[i][j] = mapped[i];
   }
   for (int i = 0; i < kOutput; ++i) {
-    winograd_output<kPairs>(half[i], mapped);
+    winograd_output<F>(half[i], mapped);
 #pragma GCC unroll 8
     for (int j = 0; j < kOutput; ++j) emit(i, j, mapped[j]);
   }
@@ -298,14 +178,14 @@ struct Destination {
 };
 
 // One tile of channels-last y.
-template <class T, int kPairs>
+template <class T, class F>
 void deliver_tile(const Conv2dProblem& a, const T* products, int64_t step, int64_t rows, int64_t pixels,
                   const Destination<T>& to) {
   const vec<T> bias = to.bias ? load(to.bias, to.lanes) : zero<T>();
-  transform_output<T, kPairs>(products, step, [&](int64_t i, int64_t j, vec<T> sum) {
+  transform_output<T, F>(products, step, [&](int64_t i, int64_t j, vec<T> sum) {
     if (i >= rows || j >= pixels) return;
     const int64_t offset = i * a.y.h + j * a.y.w;
-    __builtin_prefetch(to.y + offset + Grid<kPairs>::kOutput * a.y.w, 1);  // the next tile's
+    __builtin_prefetch(to.y + offset + F::kOutput * a.y.w, 1);  // the next tile's
     if (to.bias) sum = sum + bias;
     if (to.residual) sum = sum + load(to.residual + offset, to.lanes);
     store(to.y + offset, activate(a.epilogue.activation, sum), to.lanes);
@@ -313,14 +193,14 @@ void deliver_tile(const Conv2dProblem& a, const T* products, int64_t step, int64
 }
 
 // One strip of any other y: transposed, so that filters are rows of pixels.
-template <class T, int kPairs>
+template <class T, class F>
 void deliver_transposed(const Conv2dProblem& a, const T* products, int64_t width, int64_t step, int64_t rows, int64_t pixels,
                         const Destination<T>& to, T* strip) {
-  constexpr int64_t kOutput = Grid<kPairs>::kOutput, kL = kLanes<T>;
+  constexpr int64_t kOutput = F::kOutput, kL = kLanes<T>;
   const int64_t padded = round_up(pixels, kOutput);
   for (int64_t q = 0; q < pixels; q += kOutput, products += width) {
-    transform_output<T, kPairs>(products, step,
-                                [&](int64_t i, int64_t j, vec<T> sum) { store(strip + (i * padded + q + j) * kL, sum); });
+    transform_output<T, F>(products, step,
+                           [&](int64_t i, int64_t j, vec<T> sum) { store(strip + (i * padded + q + j) * kL, sum); });
   }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t q = 0; q < pixels; q += kL) {
@@ -345,30 +225,29 @@ void deliver_transposed(const Conv2dProblem& a, const T* products, int64_t width
 }
 
 // Tiles first .. first+tiles of the batch, filters k0 .. of the problem.
-template <class T, int kPairs>
-void deliver(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking<T, kPairs>& blocking, int64_t first, int64_t tiles,
-             int64_t k0, int64_t filters, int64_t width, const Scratch<T, kPairs>& scratch) {
-  using G = Grid<kPairs>;
-  G(a).for_each_strip(first, first + tiles, [&](int64_t n, int64_t p, int64_t column, int64_t count, int64_t before) {
+template <class T, class F>
+void deliver(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking<T, F>& blocking, int64_t first, int64_t tiles,
+             int64_t k0, int64_t filters, int64_t width, const Scratch<T, F>& scratch) {
+  Grid<F>(a).for_each_strip(first, first + tiles, [&](int64_t n, int64_t p, int64_t column, int64_t count, int64_t before) {
     const auto destination = [&](int64_t q, int64_t k) -> Destination<T> {
       const int64_t offset = n * a.y.n + p * a.y.h + q * a.y.w + (k0 + k) * a.y.c;
       return {static_cast<T*>(args.y) + offset, a.epilogue.bias ? static_cast<const T*>(args.bias) + k0 + k : nullptr,
               a.epilogue.residual ? static_cast<const T*>(args.residual) + offset : nullptr,
               int(clamp(filters - k, 0, kLanes<T>))};
     };
-    const int64_t q = column * G::kOutput, rows = clamp(a.P - p, 0, G::kOutput), pixels = a.Q - q;
+    const int64_t q = column * F::kOutput, rows = clamp(a.P - p, 0, F::kOutput), pixels = a.Q - q;
     const T* products = scratch.products + before * width;
     if (a.y.c == 1) {
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t k = 0; k < filters; k += kLanes<T>) {
-          deliver_tile<T, kPairs>(a, products + t * width + k, blocking.product_step, rows, pixels - t * G::kOutput,
-                                  destination(q + t * G::kOutput, k));
+          deliver_tile<T, F>(a, products + t * width + k, blocking.product_step, rows, pixels - t * F::kOutput,
+                             destination(q + t * F::kOutput, k));
         }
       }
     } else {
       for (int64_t k = 0; k < filters; k += kLanes<T>) {
-        deliver_transposed<T, kPairs>(a, products + k, width, blocking.product_step, rows, clamp(pixels, 0, count * G::kOutput),
-                                      destination(q, k), scratch.strip);
+        deliver_transposed<T, F>(a, products + k, width, blocking.product_step, rows, clamp(pixels, 0, count * F::kOutput),
+                                 destination(q, k), scratch.strip);
       }
     }
   });
@@ -383,25 +262,25 @@ const char* winograd_reject(const Conv2dProblem& a) {
   return nullptr;
 }
 
-template <class T, int kPairs>
+template <class T, class F>
 int64_t winograd_workspace(const Conv2dProblem& a, const Machine& machine) {
-  const Blocking<T, kPairs> blocking(a, machine.threads);
+  const Blocking<T, F> blocking(a, machine.threads);
   Arena arena(nullptr), scratch(nullptr);
   arena.take<T>(blocking.panels_kept * blocking.panel_size());
-  const Scratch<T, kPairs> counted(scratch, blocking);
+  const Scratch<T, F> counted(scratch, blocking);
   return arena.used() + scratch.used() * machine.threads;
 }
 
-template <class T, int kPairs>
+template <class T, class F>
 void winograd_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
-  const Blocking<T, kPairs> blocking(a, context.machine->threads);
+  const Blocking<T, F> blocking(a, context.machine->threads);
   const int64_t channels = a.C / a.groups, filters = a.K / a.groups;
   Arena arena(context.workspace), counter(nullptr);
   T* own_u = arena.take<T>(blocking.panels_kept * blocking.panel_size());
-  const Scratch<T, kPairs> counted(counter, blocking);
+  const Scratch<T, F> counted(counter, blocking);
   const auto scratch_of = [&](int64_t thread) {
     Arena own(static_cast<char*>(context.workspace) + arena.used() + thread * counter.used());
-    return Scratch<T, kPairs>(own, blocking);
+    return Scratch<T, F>(own, blocking);
   };
   const auto first_filter = [&](int64_t panel) { return blocking.vectors.begin(panel) * kLanes<T>; };
   const EvenSplit parts(blocking.vectors.parts, args.packed ? blocking.vectors.parts : blocking.panels_kept);
@@ -414,77 +293,77 @@ void winograd_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context&
     if (!args.packed) {
       parallel_ranges(context, panels, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          transform_panel<T, kPairs>(a, blocking, static_cast<const T*>(args.w), g, first_panel + i, scratch_of(thread).packed,
-                                     own_u + i * blocking.panel_size());
+          transform_panel<T, F>(a, blocking, static_cast<const T*>(args.w), g, first_panel + i, scratch_of(thread).packed,
+                                own_u + i * blocking.panel_size());
         }
       });
       u = own_u;
     }
     parallel_ranges(context, blocking.blocks.parts * blocking.splits, [&](int thread, int64_t begin, int64_t end) {
-      const Scratch<T, kPairs> scratch = scratch_of(thread);
+      const Scratch<T, F> scratch = scratch_of(thread);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / blocking.splits, split = task % blocking.splits;
         const int64_t first = blocking.blocks.begin(block), tiles = blocking.blocks.size(block);
         const int64_t from = panels * split / blocking.splits, to = panels * (split + 1) / blocking.splits;
         if (from < to && *scratch.held != g * blocking.blocks.parts + block) {
-          transform_inputs<T, kPairs>(a, blocking, x, first, tiles, scratch);
+          transform_windows<F, InputWindow<F>>({x, a.x, a.H, a.W, channels, a.pad_top, a.pad_left}, Grid<F>(a), first, tiles,
+                                               Positions<T>{scratch.v, blocking.v_step, blocking.depth}, scratch.strip);
           *scratch.held = g * blocking.blocks.parts + block;
         }
         for (int64_t i = from; i < to; ++i) {
           const int64_t k = first_filter(first_panel + i), width = first_filter(first_panel + i + 1) - k;
-          multiply<T, kPairs>(blocking, scratch.v, u + i * blocking.panel_size(), channels, tiles, int(width / kLanes<T>),
-                              scratch.products);
-          deliver<T, kPairs>(a, args, blocking, first, tiles, g * filters + k, filters - k < width ? filters - k : width, width,
-                             scratch);
+          multiply<T, F>(blocking, scratch.v, u + i * blocking.panel_size(), channels, tiles, int(width / kLanes<T>),
+                         scratch.products);
+          deliver<T, F>(a, args, blocking, first, tiles, g * filters + k, filters - k < width ? filters - k : width, width,
+                        scratch);
         }
       }
     });
   }
 }
 
-template <class T, int kPairs>
+template <class T, class F>
 PackedFilters winograd_packed(const Conv2dProblem& a) {
-  const Blocking<T, kPairs> blocking(a, 1);
+  const Blocking<T, F> blocking(a, 1);
   return {a.groups * blocking.vectors.parts * blocking.panel_size() * int64_t(sizeof(T)), 0};
 }
 
-template <class T, int kPairs>
+template <class T, class F>
 void winograd_pack(const Conv2dProblem& a, const void* w, void* packed) {
-  const Blocking<T, kPairs> blocking(a, 1);
-  alignas(64) T taps[9 * kFilterChannels * GemmTile::kMaxVectors * kLanes<T>];
+  const Blocking<T, F> blocking(a, 1);
+  alignas(64) T taps[F::kTaps * F::kTaps * kFilterChannels * GemmTile::kMaxVectors * kLanes<T>];
   T* u = static_cast<T*>(packed);
   for (int64_t g = 0; g < a.groups; ++g) {
     for (int64_t panel = 0; panel < blocking.vectors.parts; ++panel, u += blocking.panel_size()) {
-      transform_panel<T, kPairs>(a, blocking, static_cast<const T*>(w), g, panel, taps, u);
+      transform_panel<T, F>(a, blocking, static_cast<const T*>(w), g, panel, taps, u);
     }
   }
 }
 
 // Cycles on one core, counted in vectors. The tile reaches 105 of 154 GFLOP/s on blocks of 42 tiles, 95 on 24, where filters
 // stream from L3.
-template <class T, int kPairs>
+template <class T, class F>
 double winograd_cost(const Conv2dProblem& a, const Machine& machine) {
-  using G = Grid<kPairs>;
-  const Blocking<T, kPairs> blocking(a, 1);
-  constexpr TransformCycles cycles = kCycles[kPairs - 1];
-  const double tiles = double(G(a).count), channels = double(a.C / a.groups), vectors = double(blocking.vectors.count);
+  const Blocking<T, F> blocking(a, 1);
+  constexpr TransformCycles cycles = kCycles<F>;
+  const double tiles = double(Grid<F>(a).count), channels = double(a.C / a.groups), vectors = double(blocking.vectors.count);
   const double parts = blocking.blocks.parts == 1 ? 1 : double(EvenSplit(blocking.vectors.parts, blocking.panels_kept).parts);
   const double block = double(blocking.blocks.largest());
   const double multiply = tiles * channels * vectors / (2 * 0.78 * block / (block + 6));
   const double inputs = parts * tiles * double(blocking.depth / kLanes<T>) * cycles.input * (a.x.c == 1 ? 1 : 2);
   const double outputs = tiles * vectors * cycles.output * (a.y.c == 1 ? 1 : 2);
   const double all = multiply + inputs + outputs + channels * vectors * (a.frozen ? kKeptCycles : cycles.filter);
-  return double(a.groups) * double(G::kPositions) * all / (3e9 * machine.threads);
+  return double(a.groups) * double(F::kPositions) * all / (3e9 * machine.threads);
 }
 
-#define FC_WINOGRAD(pairs)                                                                           \
-  template int64_t winograd_workspace<float, pairs>(const Conv2dProblem&, const Machine&);           \
-  template void winograd_run<float, pairs>(const Conv2dProblem&, const Conv2dArgs&, const Context&); \
-  template PackedFilters winograd_packed<float, pairs>(const Conv2dProblem&);                        \
-  template void winograd_pack<float, pairs>(const Conv2dProblem&, const void*, void*);               \
-  template double winograd_cost<float, pairs>(const Conv2dProblem&, const Machine&);
-FC_WINOGRAD(1)
-FC_WINOGRAD(2)
-FC_WINOGRAD(3)
+#define FC_WINOGRAD(m, r)                                                                              \
+  template int64_t winograd_workspace<float, F<m, r>>(const Conv2dProblem&, const Machine&);           \
+  template void winograd_run<float, F<m, r>>(const Conv2dProblem&, const Conv2dArgs&, const Context&); \
+  template PackedFilters winograd_packed<float, F<m, r>>(const Conv2dProblem&);                        \
+  template void winograd_pack<float, F<m, r>>(const Conv2dProblem&, const void*, void*);               \
+  template double winograd_cost<float, F<m, r>>(const Conv2dProblem&, const Machine&);
+FC_WINOGRAD(2, 3)
+FC_WINOGRAD(4, 3)
+FC_WINOGRAD(6, 3)
 
 }  // namespace fastconv::FASTCONV_TARGET

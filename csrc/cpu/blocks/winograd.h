@@ -3,29 +3,31 @@
 //   V[position][tile][c] = Bᵀ x B      U[position][c][k] = G w Gᵀ      y = Aᵀ ( V·U ) A
 //
 // NHWC and NCHW in place: transforms work on vectors of channels, and where channels are not contiguous a strip of tiles is
-// transposed on its way in and out. m = 2*kPairs; the maps are in winograd_transform.h.
+// transposed on its way in and out. F is
+// F<m, 3> of winograd_transform.h, which has the maps.
 #pragma once
 
 #include "core/kernel.h"
+#include "cpu/blocks/winograd_transform.h"
 
 namespace fastconv::FASTCONV_TARGET {
 
 // nullptr where winograd_run can run: filters of 3x3, stride and dilation 1.
 const char* winograd_reject(const Conv2dProblem& a);
 
-template <class T, int kPairs>
+template <class T, class F>
 int64_t winograd_workspace(const Conv2dProblem& a, const Machine& machine);
 
-template <class T, int kPairs>
+template <class T, class F>
 void winograd_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
 
 // Kept filters, see Kernel::pack: U of all panels.
-template <class T, int kPairs>
+template <class T, class F>
 PackedFilters winograd_packed(const Conv2dProblem& a);
-template <class T, int kPairs>
+template <class T, class F>
 void winograd_pack(const Conv2dProblem& a, const void* w, void* packed);
 
-template <class T, int kPairs>
+template <class T, class F>
 double winograd_cost(const Conv2dProblem& a, const Machine& machine);
 
 }  // namespace fastconv::FASTCONV_TARGET

@@ -10,9 +10,9 @@ namespace {
 constexpr float kErrorGrowth = 2.0f;
 const char* reject(const Conv2dProblem& a) { return input_gradient_reject<winograd_reject>(a); }
 
-constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, reject, input_gradient_cost<winograd_cost<float, 1>>,
-                                           input_gradient_workspace<winograd_workspace<float, 1>>,
-                                           input_gradient_run<float, winograd_run<float, 1>>};
+constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, reject, input_gradient_cost<winograd_cost<float, F<2, 3>>>,
+                                           input_gradient_workspace<winograd_workspace<float, F<2, 3>>>,
+                                           input_gradient_run<float, winograd_run<float, F<2, 3>>>};
 
 }  // namespace
 

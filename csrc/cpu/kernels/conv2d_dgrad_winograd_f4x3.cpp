@@ -10,9 +10,9 @@ namespace {
 constexpr float kErrorGrowth = 4.0f;
 const char* reject(const Conv2dProblem& a) { return input_gradient_reject<winograd_reject>(a); }
 
-constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, reject, input_gradient_cost<winograd_cost<float, 2>>,
-                                           input_gradient_workspace<winograd_workspace<float, 2>>,
-                                           input_gradient_run<float, winograd_run<float, 2>>};
+constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, reject, input_gradient_cost<winograd_cost<float, F<4, 3>>>,
+                                           input_gradient_workspace<winograd_workspace<float, F<4, 3>>>,
+                                           input_gradient_run<float, winograd_run<float, F<4, 3>>>};
 
 }  // namespace
 

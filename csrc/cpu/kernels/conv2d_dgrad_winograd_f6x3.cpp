@@ -10,9 +10,9 @@ namespace {
 constexpr float kErrorGrowth = 12.0f;
 const char* reject(const Conv2dProblem& a) { return input_gradient_reject<winograd_reject>(a); }
 
-constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, reject, input_gradient_cost<winograd_cost<float, 3>>,
-                                           input_gradient_workspace<winograd_workspace<float, 3>>,
-                                           input_gradient_run<float, winograd_run<float, 3>>};
+constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, reject, input_gradient_cost<winograd_cost<float, F<6, 3>>>,
+                                           input_gradient_workspace<winograd_workspace<float, F<6, 3>>>,
+                                           input_gradient_run<float, winograd_run<float, F<6, 3>>>};
 
 }  // namespace
 

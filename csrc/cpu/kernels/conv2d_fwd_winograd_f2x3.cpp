@@ -11,9 +11,13 @@ namespace {
 
 // --- contract
 constexpr float kErrorGrowth = 2.0f;
-constexpr Kernel<Conv2dProblem> kKernel = {
-    kErrorGrowth,           winograd_reject,           winograd_cost<float, 1>, winograd_workspace<float, 1>,
-    winograd_run<float, 1>, winograd_packed<float, 1>, winograd_pack<float, 1>};
+constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth,
+                                           winograd_reject,
+                                           winograd_cost<float, F<2, 3>>,
+                                           winograd_workspace<float, F<2, 3>>,
+                                           winograd_run<float, F<2, 3>>,
+                                           winograd_packed<float, F<2, 3>>,
+                                           winograd_pack<float, F<2, 3>>};
 
 }  // namespace
 

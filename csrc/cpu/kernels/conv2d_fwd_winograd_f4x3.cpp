@@ -11,9 +11,13 @@ namespace {
 
 // --- contract
 constexpr float kErrorGrowth = 4.0f;
-constexpr Kernel<Conv2dProblem> kKernel = {
-    kErrorGrowth,           winograd_reject,           winograd_cost<float, 2>, winograd_workspace<float, 2>,
-    winograd_run<float, 2>, winograd_packed<float, 2>, winograd_pack<float, 2>};
+constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth,
+                                           winograd_reject,
+                                           winograd_cost<float, F<4, 3>>,
+                                           winograd_workspace<float, F<4, 3>>,
+                                           winograd_run<float, F<4, 3>>,
+                                           winograd_packed<float, F<4, 3>>,
+                                           winograd_pack<float, F<4, 3>>};
 
 }  // namespace
 

@@ -11,9 +11,13 @@ namespace {
 
 // --- contract
 constexpr float kErrorGrowth = 12.0f;
-constexpr Kernel<Conv2dProblem> kKernel = {
-    kErrorGrowth,           winograd_reject,           winograd_cost<float, 3>, winograd_workspace<float, 3>,
-    winograd_run<float, 3>, winograd_packed<float, 3>, winograd_pack<float, 3>};
+constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth,
+                                           winograd_reject,
+                                           winograd_cost<float, F<6, 3>>,
+                                           winograd_workspace<float, F<6, 3>>,
+                                           winograd_run<float, F<6, 3>>,
+                                           winograd_packed<float, F<6, 3>>,
+                                           winograd_pack<float, F<6, 3>>};
 
 }  // namespace
 
