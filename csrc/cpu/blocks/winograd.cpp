@@ -33,6 +33,15 @@ template <>
 constexpr TransformCycles kCycles<F<4, 3>> = {14, 15, 12};
 template <>
 constexpr TransformCycles kCycles<F<6, 3>> = {22, 15, 20};
+template <>
+constexpr TransformCycles kCycles<F<4, 5>> = kCycles<F<6, 3>>;  // the same windows of 8x8
+template <>
+constexpr TransformCycles kCycles<F<2, 7>> = kCycles<F<6, 3>>;
+// The costs of im2col and implicit_gemm promise 0.9 of the FMA peak; with 5x5 and 7x7 filters these reach 0.4 to 0.7.
+template <class F>
+constexpr double kPromise = F::kTaps == 3   ? 1
+                            : F::kTaps == 5 ? 0.7
+                                            : 0.6;
 // The same for filters that were transformed before and come from memory.
 constexpr double kKeptCycles = 12;
 
@@ -255,8 +264,11 @@ void deliver(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking<T, F
 
 }  // namespace
 
+template <class F>
 const char* winograd_reject(const Conv2dProblem& a) {
-  if (a.R != 3 || a.S != 3) return "the filters are not 3x3";
+  if (a.R != F::kTaps || a.S != F::kTaps) {
+    return F::kTaps == 3 ? "the filters are not 3x3" : F::kTaps == 5 ? "the filters are not 5x5" : "the filters are not 7x7";
+  }
   if (a.stride_h != 1 || a.stride_w != 1) return "the stride is not 1";
   if (a.dilation_h != 1 || a.dilation_w != 1) return "the dilation is not 1";
   return nullptr;
@@ -353,10 +365,11 @@ double winograd_cost(const Conv2dProblem& a, const Machine& machine) {
   const double inputs = parts * tiles * double(blocking.depth / kLanes<T>) * cycles.input * (a.x.c == 1 ? 1 : 2);
   const double outputs = tiles * vectors * cycles.output * (a.y.c == 1 ? 1 : 2);
   const double all = multiply + inputs + outputs + channels * vectors * (a.frozen ? kKeptCycles : cycles.filter);
-  return double(a.groups) * double(F::kPositions) * all / (3e9 * machine.threads);
+  return kPromise<F> * double(a.groups) * double(F::kPositions) * all / (3e9 * machine.threads);
 }
 
 #define FC_WINOGRAD(m, r)                                                                              \
+  template const char* winograd_reject<F<m, r>>(const Conv2dProblem&);                                 \
   template int64_t winograd_workspace<float, F<m, r>>(const Conv2dProblem&, const Machine&);           \
   template void winograd_run<float, F<m, r>>(const Conv2dProblem&, const Conv2dArgs&, const Context&); \
   template PackedFilters winograd_packed<float, F<m, r>>(const Conv2dProblem&);                        \
@@ -365,5 +378,7 @@ double winograd_cost(const Conv2dProblem& a, const Machine& machine) {
 FC_WINOGRAD(2, 3)
 FC_WINOGRAD(4, 3)
 FC_WINOGRAD(6, 3)
+FC_WINOGRAD(4, 5)
+FC_WINOGRAD(2, 7)
 
 }  // namespace fastconv::FASTCONV_TARGET

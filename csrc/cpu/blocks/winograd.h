@@ -1,10 +1,11 @@
-// Winograd convolution F(m x m, 3 x 3), stride 1: tiles of m x m outputs through (m+2)² matrix multiplications over the channels.
+// Winograd convolution F(m x m, r x r), stride 1: tiles of m x m outputs through (m+r-1)² matrix multiplications over the
+// channels.
 //
 //   V[position][tile][c] = Bᵀ x B      U[position][c][k] = G w Gᵀ      y = Aᵀ ( V·U ) A
 //
 // NHWC and NCHW in place: transforms work on vectors of channels, and where channels are not contiguous a strip of tiles is
 // transposed on its way in and out. F is
-// F<m, 3> of winograd_transform.h, which has the maps.
+// F<m, r> of winograd_transform.h, which has the maps.
 #pragma once
 
 #include "core/kernel.h"
@@ -12,7 +13,8 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// nullptr where winograd_run can run: filters of 3x3, stride and dilation 1.
+// nullptr where winograd_run can run: filters of r x r, stride and dilation 1.
+template <class F>
 const char* winograd_reject(const Conv2dProblem& a);
 
 template <class T, class F>

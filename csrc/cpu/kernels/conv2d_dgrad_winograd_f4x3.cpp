@@ -8,7 +8,7 @@ namespace {
 
 // --- contract
 constexpr float kErrorGrowth = 4.0f;
-const char* reject(const Conv2dProblem& a) { return input_gradient_reject<winograd_reject>(a); }
+const char* reject(const Conv2dProblem& a) { return input_gradient_reject<winograd_reject<F<4, 3>>>(a); }
 
 constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, reject, input_gradient_cost<winograd_cost<float, F<4, 3>>>,
                                            input_gradient_workspace<winograd_workspace<float, F<4, 3>>>,

@@ -12,7 +12,7 @@ namespace {
 // --- contract
 constexpr float kErrorGrowth = 2.0f;
 constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth,
-                                           winograd_reject,
+                                           winograd_reject<F<2, 3>>,
                                            winograd_cost<float, F<2, 3>>,
                                            winograd_workspace<float, F<2, 3>>,
                                            winograd_run<float, F<2, 3>>,

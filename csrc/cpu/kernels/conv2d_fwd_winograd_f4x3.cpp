@@ -12,7 +12,7 @@ namespace {
 // --- contract
 constexpr float kErrorGrowth = 4.0f;
 constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth,
-                                           winograd_reject,
+                                           winograd_reject<F<4, 3>>,
                                            winograd_cost<float, F<4, 3>>,
                                            winograd_workspace<float, F<4, 3>>,
                                            winograd_run<float, F<4, 3>>,

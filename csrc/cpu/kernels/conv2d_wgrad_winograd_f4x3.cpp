@@ -13,7 +13,7 @@ namespace {
 
 // --- contract
 constexpr float kErrorGrowth = 4.0f;
-constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, winograd_reject, winograd_filter_gradient_cost<float, F<4, 3>>,
+constexpr Kernel<Conv2dProblem> kKernel = {kErrorGrowth, winograd_reject<F<4, 3>>, winograd_filter_gradient_cost<float, F<4, 3>>,
                                            winograd_filter_gradient_workspace<float, F<4, 3>>,
                                            winograd_filter_gradient_run<float, F<4, 3>>};
 
