@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # What the kernels' epilogue can do, as modules.
@@ -15,12 +18,38 @@ ACTIVATION_LAYERS: dict[str, type[torch.nn.Module]] = {
     "sigmoid": torch.nn.Sigmoid,
 }
 
+# And as functions, and as methods by their names.
+ACTIVATION_CALLS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    F.gelu: "gelu",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    torch.sigmoid_: "sigmoid",
+    "relu": "relu",
+    "relu_": "relu",
+    "sigmoid": "sigmoid",
+    "sigmoid_": "sigmoid",
+}
+
 
 def activation_of(module: torch.nn.Module) -> str | None:
     """The epilogue's name for an activation layer; None where it has none."""
     if type(module) is torch.nn.GELU and module.approximate != "none":
         return None
     return next((name for name, kind in ACTIVATION_LAYERS.items() if type(module) is kind), None)
+
+
+def activation_name(activation: Any) -> str | None:
+    """The same for what a Transformer layer calls its activation, a module or a function; None where it has none."""
+    if isinstance(activation, torch.nn.Module):
+        return activation_of(activation)
+    return ACTIVATION_CALLS.get(activation)
 
 
 def why_not_folded(norm: torch.nn.Module) -> str:
