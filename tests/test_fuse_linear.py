@@ -63,6 +63,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], tuple[int, 
         (tokens(), tokens(7)),
         (33, {"relu": 4}, 0),
     ),
+    "gpt2": (
+        lambda: models.create("gpt2", layers=nn, vocabulary=20, positions=16, width=32, num_heads=2, depth=2),
+        (tokens(),),
+        (8, {"gelu_tanh": 2}, 0),
+    ),
     "torch's encoder": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 2, 40, activation="gelu", batch_first=True), 2),
         (rows(),),
@@ -132,6 +137,7 @@ def summand_written_to(m: Forward, x: Tensor) -> Tensor:
 # What to compute, and what of it is fused: linear layers, additions, activations.
 GRAPHS: dict[str, tuple[Callable[[Forward, Tensor], Tensor], tuple[int, int, int]]] = {
     "activations": (lambda m, x: F.gelu(m.a(x)) + F.silu(m.b(x)).sigmoid(), (2, 0, 2)),
+    "tanh-form gelu": (lambda m, x: F.gelu(m.a(x) + m.b(x), approximate="tanh"), (2, 1, 1)),
     "addition, then relu": (lambda m, x: (x + m.b(x)).relu_(), (1, 1, 1)),
     "two layers": (lambda m, x: (m.a(x) + m.b(x)).relu(), (2, 1, 1)),
     "one layer twice": (lambda m, x: m.a(m.a(x).relu()), (2, 0, 1)),
@@ -233,8 +239,10 @@ def test_attention_that_is_left(options: dict[str, int], reason: str) -> None:
 
 
 def test_report_names_linear_layers() -> None:
-    fused = fastconv.fuse(nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 2), nn.Tanh()).eval())
-    assert repr(fused) == "Fused(Sequential: 2 linear layers frozen, 1 sigmoid)"
+    fused = fastconv.fuse(
+        nn.Sequential(nn.Linear(4, 4), nn.GELU(approximate="tanh"), nn.Linear(4, 2), nn.Tanh()).eval()
+    )
+    assert repr(fused) == "Fused(Sequential: 2 linear layers frozen, 1 gelu_tanh)"
     assert "left Tanh (3): the kernels' epilogue has no such activation" in str(fused.report)
     assert repr(FrozenLinear.of(nn.Linear(4, 2), "relu")) == "FrozenLinear(4, 2, bias=True, activation=relu)"
 

@@ -17,7 +17,7 @@ from torch.nn.modules import activation, batchnorm, dropout
 from torch.nn.utils import parametrize
 
 from fastconv import nn
-from fastconv._folding import ACTIVATION_CALLS, activation_of, why_not_folded
+from fastconv._folding import activation_called, activation_of, why_not_folded
 from fastconv.conversion import Kept
 from fastconv.fusion.frozen import FrozenConv2d, FrozenLinear
 from fastconv.fusion.report import Report
@@ -202,9 +202,7 @@ class _Rewriting:
         module = self._module(node)
         if module is not None:
             return None if special(module) else activation_of(module)
-        if node.op not in ("call_function", "call_method") or set(node.kwargs) - {"inplace"}:
-            return None
-        return ACTIVATION_CALLS.get(node.target)
+        return activation_called(node.target, node.kwargs) if node.op in ("call_function", "call_method") else None
 
     def _is_fresh(self, node: Node) -> bool:
         """Whether nothing but its one user sees the memory of a node's result."""
