@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
 from fastconv import models
@@ -112,6 +113,14 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def counted_flops(network: nn.Module, x: Tensor) -> float:
+    """Operations of a forward pass, of convolutions and matrix products, on meta."""
+    # With gradients, because torch's shortcut through a whole attention layer, which it takes without, is not counted.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        network(x)
+    return float(counter.get_total_flops())
+
+
 @dataclass
 class Network(Case):
     """A whole model. ``direction`` is ``infer`` (eval mode, no gradients) or ``train`` (forward, backward, SGD step).
@@ -144,8 +153,11 @@ class Network(Case):
 
     @cached_property
     def flops(self) -> float:
-        """Those of the convolutions and Linear layers; a training step is taken as three forwards."""
-        forward = sum(case.flops * case.count for case in layer_cases(self.model, [self.batch], ["fwd"], self.dtype, 0))
+        """Those of convolutions and matrix products; a training step is taken as three forwards."""
+        spec = models.spec(self.model)
+        with torch.device("meta"):
+            network = models.create(self.model, layers=nn).eval()
+            forward = counted_flops(network, torch.empty(self.batch, spec.in_channels, *spec.input_size))
         return forward * (3 if self.direction == "train" else 1)
 
     @property
