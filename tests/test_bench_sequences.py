@@ -10,6 +10,7 @@ import torch
 import fastconv
 from fastconv.bench import main, texts
 from fastconv.bench.cases import make
+from fastconv.bench.networks import Network
 from fastconv.bench.runner import Settings, run
 from fastconv.bench.shapes import NormShape, batched, parse_norm, parse_sdpa, short
 from fastconv.testing.timing import Protocol
@@ -78,3 +79,8 @@ def test_texts_are_not_trained(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "gpt2 n1: model infer gpt2 n1\nbert_base n1: model infer bert_base n1\n"
     assert main(["model", "gpt2", "--train"]) == 2
     assert "--train is for networks for images, got gpt2" in capsys.readouterr().err
+
+
+def test_no_model_is_verified_against_nothing() -> None:
+    """A fresh ViT's last layer is 0, and every network with a wrong encoder would give the right logits."""
+    assert float(Network("model", "infer", model="vit_tiny", batch=1).truth.norm()) > 1

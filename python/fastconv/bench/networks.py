@@ -180,7 +180,8 @@ class Network(Case):
         """The network on torch's layers with calibrated statistics, an input and class labels."""
         spec = models.spec(self.model)
         torch.manual_seed(self.seed)
-        network = models.create(self.model, layers=nn).to(DTYPES[self.dtype])
+        # Well conditioned: a fresh ViT's logits are all 0, which any wrong network would agree with.
+        network = models.create(self.model, layers=nn, **spec.well_conditioned).to(DTYPES[self.dtype])
         x = self._random(self.batch, spec.in_channels, *spec.input_size, key=1)
         calibrate_batch_norm(network, x)
         network.eval()
