@@ -250,7 +250,7 @@ def test_unusual_tensors_take_the_steps_one_by_one() -> None:
 
 
 def test_compiles_without_a_graph_break() -> None:
-    fused = fastconv.fuse(nn.Sequential(*small(), conv(8), nn.Flatten(2), nn.Linear(64, 5), nn.GELU()).eval())
+    fused = fastconv.fuse(nn.Sequential(*small(), conv(8), nn.Flatten(2), nn.Linear(64, 5), nn.ReLU()).eval())
     with torch.no_grad():
         assert torch.equal(torch.compile(fused, backend="aot_eager", fullgraph=True)(images()), fused(images()))
 
