@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
 from fastconv import models
@@ -113,6 +114,14 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def counted_flops(network: nn.Module, x: Tensor) -> float:
+    """Operations of a forward pass, of convolutions and matrix products, on meta."""
+    # With gradients, because torch's shortcut through a whole attention layer, which it takes without, is not counted.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        network(x)
+    return float(counter.get_total_flops())
+
+
 @dataclass
 class Network(Case):
     """A whole model. ``direction`` is ``infer`` (eval mode, no gradients) or ``train`` (forward, backward, SGD step).
@@ -145,8 +154,11 @@ class Network(Case):
 
     @cached_property
     def flops(self) -> float:
-        """Those of the convolutions and Linear layers; a training step is taken as three forwards."""
-        forward = sum(case.flops * case.count for case in layer_cases(self.model, [self.batch], ["fwd"], self.dtype, 0))
+        """Those of convolutions and matrix products; a training step is taken as three forwards."""
+        spec = models.spec(self.model)
+        with torch.device("meta"):
+            network = models.create(self.model, layers=nn).eval()
+            forward = counted_flops(network, torch.empty(self.batch, spec.in_channels, *spec.input_size))
         return forward * (3 if self.direction == "train" else 1)
 
     @property
@@ -169,7 +181,8 @@ class Network(Case):
         """The network on torch's layers with calibrated statistics, an input and class labels."""
         spec = models.spec(self.model)
         torch.manual_seed(self.seed)
-        network = models.create(self.model, layers=nn).to(DTYPES[self.dtype])
+        # Well conditioned: a fresh ViT's logits are all 0, which any wrong network would agree with.
+        network = models.create(self.model, layers=nn, **spec.well_conditioned).to(DTYPES[self.dtype])
         x = self._random(self.batch, spec.in_channels, *spec.input_size, key=1)
         calibrate_batch_norm(network, x)
         network.eval()

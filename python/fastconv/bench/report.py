@@ -200,7 +200,11 @@ def _identity(row: Row) -> list[str]:
     entry, match = row.entry, row.match
     shape = match["shape"] + (f" ×{match['count']}" if match["count"] > 1 else "")
     forced = "" if entry["algorithm"] == "auto" and entry["isa"] == "auto" else "!"
-    return [shape, ("-" if match["op"] in ("linear", "sdpa") else entry["layout"]) + forced, str(entry["threads"])]
+    return [
+        shape,
+        ("-" if match["op"] in ("linear", "sdpa", "layer_norm") else entry["layout"]) + forced,
+        str(entry["threads"]),
+    ]
 
 
 def _note(row: Row) -> str:
