@@ -103,7 +103,7 @@ def test_too_many_features_are_refused_in_words(emulated: emulator.Emulator, nam
 
 # ---- The emulator notices -----------------------------------------------------------------------------------------------------
 
-FORWARD = "csrc/cuda/kernels/sdpa_fwd_flash.cu"
+FORWARD, BACKWARD = (f"csrc/cuda/kernels/sdpa_{way}_flash.cu" for way in ("fwd", "bwd"))
 TENSOR, SIMT, BOTH = (f"csrc/cuda/blocks/attention{which}.h" for which in ("_tensor", "_simt", ""))
 
 # One width of tile is enough to see a fault, and compiles in a fifth of the time.
@@ -117,6 +117,16 @@ NARROW = {
         "                       : start<TensorTiles<T, 256, 32, 1, 2>>)",
         "(void)features, start<TensorTiles<T, 64, 64, 1, 2>>",
     ),
+    "sdpa_bwd": (
+        BACKWARD,
+        "(features <= 128 ? start_all<SimtTiles<T, 128, 1, 2>, SimtTiles<T, 128, 2, 2>>\n"
+        "                     : start_all<SimtTiles<T, 256, 1, 2>, SimtTiles<T, 256, 2, 2>>)",
+        "(void)features, start_all<SimtTiles<T, 128, 1, 2>, SimtTiles<T, 128, 2, 2>>",
+        "(features <= 64    ? start_all<TensorTiles<T, 64, 64, 1, 2>, TensorTiles<T, 64, 64, 2, 2>>\n"
+        "     : features <= 128 ? start_all<TensorTiles<T, 128, 32, 1, 2>, TensorTiles<T, 128, 32, 2, 2>>\n"
+        "                       : start_all<TensorTiles<T, 256, 16, 1, 2>, TensorTiles<T, 256, 16, 2, 2>>)",
+        "(void)features, start_all<TensorTiles<T, 64, 64, 1, 2>, TensorTiles<T, 64, 64, 2, 2>>",
+    ),
 }
 
 # What is wrong: (file, text, replacement, kernel and problem that show it).
@@ -127,24 +137,12 @@ MUTANTS = {
         "    // this tile",
         "sdpa_fwd.flash.bf16 n1h1g1q66k130d16v16-bhld",
     ),
-    "a row's maximum over half of its lanes": (
-        FORWARD,
-        "bits < Tiles::kSharers;",
-        "bits < Tiles::kSharers / 2;",
-        "sdpa_fwd.flash.f32 n1h1g1q9k70d8v8-bhld",
-    ),
     "another swizzle for values than for keys": (
         TENSOR,
         "        load_matrices_transposed(b, x + swizzled(k * 16 + lane() % 16, 2 * j + lane() / 16));\n"
         "        multiply_add",
         "        load_matrices_transposed(b, x + swizzled(k * 16 + lane() % 16, (2 * j + lane() / 16) ^ 1));\n"
         "        multiply_add",
-        "sdpa_fwd.flash.bf16 n1h1g1q20k70d16v32-bhld",
-    ),
-    "rows in the same banks": (
-        TENSOR,
-        "(chunk ^ (row % 8)) * kChunk",
-        "chunk * kChunk",
         "sdpa_fwd.flash.bf16 n1h1g1q20k70d16v32-bhld",
     ),
     "a key too many": (
@@ -158,6 +156,18 @@ MUTANTS = {
         "    __syncthreads();\n  }\n\n private:",
         "  }\n\n private:",
         "sdpa_fwd.flash.f32 n1h1g1q66k130d16v16-bhld",
+    ),
+    "no barrier before queries are overwritten": (
+        BACKWARD,
+        "    __syncthreads();  // this tile",
+        "    // this tile",
+        "sdpa_bwd.flash.f16 n1h1g1q130k66d16v16-bhld",
+    ),
+    "a diagonal that begins a key too late": (
+        BACKWARD,
+        "const int column = m + mine - half",
+        "const int column = m + mine + 1 - half",
+        "sdpa_bwd.flash.f32 n1h1g1q66k130d8v8-bhld+bias_h",
     ),
 }
 
