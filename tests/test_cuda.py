@@ -80,7 +80,11 @@ def test_pooling(device: str, last: bool) -> None:
     options = {"stride": 2, "padding": 1, "ceil_mode": True}
     for ours, theirs in ((cuda.max_pool2d, F.max_pool2d), (cuda.avg_pool2d, F.avg_pool2d)):
         compare(ours(x, 3, **options), theirs(x.double(), 3, **options), [x], torch.float32)
-    compare(cuda.adaptive_avg_pool2d(x, (4, 3)), F.adaptive_avg_pool2d(x.double(), (4, 3)), [x], torch.float32)
+    for ours, theirs in (
+        (cuda.adaptive_avg_pool2d, F.adaptive_avg_pool2d),
+        (cuda.adaptive_max_pool2d, F.adaptive_max_pool2d),
+    ):
+        compare(ours(x, (4, 3)), theirs(x.double(), (4, 3)), [x], torch.float32)
     _, indices = cuda.max_pool2d(x, 3, return_indices=True)
     assert torch.equal(indices, F.max_pool2d(x, 3, return_indices=True)[1])
 
@@ -128,6 +132,29 @@ def test_attention_refuses_in_words(device: str) -> None:
     with pytest.raises(NotImplementedError, match="more than 256 features"):
         cuda.scaled_dot_product_attention(q, q, q)
     assert cuda.scaled_dot_product_attention(q[:0], q[:0], q[:0]).shape == (0, 2, 3, 300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("added", [False, True])
+def test_layer_norm_and_its_gradients(device: str, dtype: torch.dtype, added: bool) -> None:
+    x, residual = (operand(device, 3, 5, 4, 6, last=False, dtype=dtype) for _ in range(2))
+    w, bias = (operand(device, 4, 6, last=False, dtype=dtype) for _ in range(2))
+    if not added:
+        compare(
+            cuda.layer_norm(x, (4, 6), w, bias), F.layer_norm(x.double(), (4, 6), w.double(), bias.double()),
+            [x, w, bias], dtype,
+        )  # fmt: skip
+        return
+    theirs = x.double() + residual.double()
+    both = torch.stack([F.layer_norm(theirs, (4, 6), w.double()), theirs])
+    compare(torch.stack(cuda.layer_norm(x, (4, 6), w, residual=residual)), both, [x, residual, w], dtype)
+
+
+def test_layer_norm_of_nothing_and_of_what_does_not_fit(device: str) -> None:
+    x = torch.randn(0, 6, device=device, requires_grad=True)
+    assert cuda.layer_norm(x, (6,)).shape == (0, 6)
+    with pytest.raises(RuntimeError, match="expected input with shape"):
+        cuda.layer_norm(x, (5,))
 
 
 def test_tensors_elsewhere_are_errors() -> None:

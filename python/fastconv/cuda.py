@@ -8,6 +8,7 @@ is no torch.compile, autocast or second derivative yet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,12 @@ from . import _conv_checks, _pool_checks, plan
 from . import _cuda_calls as calls
 from ._cuda_attention import scaled_dot_product_attention
 from ._cuda_calls import DTYPES
+from ._normalization import check_dtypes, check_shapes
 from .plan import prefers_channels_last, strides_of
 
 __all__ = [
-    "adaptive_avg_pool2d", "avg_pool2d", "conv2d", "linear", "max_pool2d", "scaled_dot_product_attention",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "conv2d", "layer_norm", "linear", "max_pool2d",
+    "scaled_dot_product_attention",
 ]  # fmt: skip
 
 Size = int | Sequence[int]
@@ -226,13 +229,91 @@ def avg_pool2d(
     return _AvgPool2d.apply(input, device, shape, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def adaptive_avg_pool2d(input: Tensor, output_size: Size) -> Tensor:
-    """`torch.nn.functional.adaptive_avg_pool2d` of `input` (N, C, H, W) on a GPU. Errors as `conv2d`."""
-    device = calls.device("adaptive_avg_pool2d", {"input": input})
+def _adaptive(op: str, input: Tensor, output_size: Any) -> Any:
+    """The device, the output's shape and the windows of an adaptive pooling."""
+    device = calls.device(op, {"input": input})
     if input.dim() != 4 or input.numel() == 0:
         raise NotImplementedError(
-            f"fastconv.cuda.adaptive_avg_pool2d: got shape {list(input.shape)}, expected (N, C, H, W), not empty"
+            f"fastconv.cuda.{op}: got shape {list(input.shape)}, expected (N, C, H, W), not empty"
         )
-    size = _pool_checks.adaptive_size("adaptive_avg_pool2d", 2, output_size, input)
-    options = (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 0, True, True
-    return _AvgPool2d.apply(input, device, (*input.shape[:2], *size), options)  # type: ignore[no-any-return, no-untyped-call]
+    size = _pool_checks.adaptive_size(op, 2, output_size, input)
+    windows = (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 0, True, True
+    return device, (*input.shape[:2], *size), windows
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
+    """`torch.nn.functional.adaptive_avg_pool2d` of `input` (N, C, H, W) on a GPU. Errors as `conv2d`."""
+    device, shape, windows = _adaptive("adaptive_avg_pool2d", input, output_size)
+    return _AvgPool2d.apply(input, device, shape, windows)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """`torch.nn.functional.adaptive_max_pool2d` of `input` (N, C, H, W) on a GPU, with a gradient that is the same in every run.
+
+    Errors as `conv2d`.
+    """
+    device, shape, windows = _adaptive("adaptive_max_pool2d", input, output_size)
+    found = _MaxPool2d.apply(input, device, shape, windows)  # type: ignore[no-untyped-call]
+    return found if return_indices else found[0]
+
+
+# ---- Layer normalisation ----------------------------------------------------------------------------------------------------
+
+
+class _LayerNorm(Function):
+    """Of rows (N, C): what is normalised, x + residual or x, and the result."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, bias: Tensor | None, eps: float, device: int
+    ) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = torch.empty_like(x), *x.new_empty((2, x.shape[0]), dtype=torch.float32)
+        total = x if residual is None else torch.empty_like(x)
+        problem = DTYPES[x.dtype], tuple(x.shape), eps
+        if x.numel():
+            operands = x, residual, w, bias, None if residual is None else total, y, mean, rstd, *(None,) * 5
+            calls.run("layer_norm_fwd", plan.norm_problem, problem, device, x, *operands)
+        ctx.save_for_backward(total, mean, rstd, w)
+        ctx.device, ctx.problem = device, problem
+        ctx.set_materialize_grads(False)
+        return y, x.new_empty(0) if residual is None else total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> Any:
+        x, mean, rstd, w = ctx.saved_tensors
+        wants_x, wants_residual, wants_w, wants_bias = ctx.needs_input_grad[:4]
+        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        dsum = dsum.contiguous() if dsum is not None and dsum.numel() else None
+        dx = torch.empty_like(x) if wants_x or wants_residual else None
+        dw, db = (x.new_zeros(x.shape[1]) if wanted else None for wanted in (wants_w, wants_bias))
+        if x.numel():
+            operands = x, None, w, None, None, None, mean, rstd, dy, dsum, dx, dw, db
+            calls.run("layer_norm_bwd", plan.norm_problem, ctx.problem, ctx.device, x, *operands)
+        return dx if wants_x else None, dx if wants_residual else None, dw, db, None, None
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> Any:
+    """`fastconv.functional.layer_norm` on a GPU; with `residual`, (normalised, input + residual).
+
+    Halves normalise the sum as it is stored. All operands have gradients, the same in every run. Raises as that function,
+    RuntimeError where the operands are not on one CUDA device, NotImplementedError for a dtype without a kernel.
+    """
+    op, shape = "layer_norm", tuple(normalized_shape)
+    tensors = {"input": input, "weight": weight, "bias": bias, "residual": residual}
+    device = calls.device(op, tensors)
+    check_shapes(input, shape, weight, bias, residual)
+    check_dtypes(input, weight, bias, residual)
+    rows, C = math.prod(input.shape[: input.dim() - len(shape)]), math.prod(shape)
+    matrices = (None if t is None else t.reshape(rows, C).contiguous() for t in (input, residual))
+    vectors = (None if t is None else t.reshape(C).contiguous() for t in (weight, bias))
+    y, total = _LayerNorm.apply(*matrices, *vectors, float(eps), device)  # type: ignore[no-untyped-call]
+    return y.view(input.shape) if residual is None else (y.view(input.shape), total.view(input.shape))
