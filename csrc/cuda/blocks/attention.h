@@ -12,6 +12,8 @@
 namespace fastconv::sm80 {
 
 inline constexpr int kMostFeatures = 256;
+// What a block gets of an sm_86 or sm_89; an sm_80 has 163 KB.
+inline constexpr int64_t kSharedAtMost = 99 << 10;
 inline constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 FC_INLINE float minus_infinity() { return -__builtin_inff(); }
@@ -138,22 +140,24 @@ struct Query {
   int64_t mask, bias;  // where key 0 has its numbers
   KeyRange keys;
   DropoutRow dropout;
-  float lse, delta;  // backward: in units of log 2, +inf where nothing is seen; sum(dout * out) - dlse
-  int64_t place;     // among all (b, h, i), -1 of a row that does not exist
   FC_DEVICE bool sees(int j) const { return j >= keys.begin && j < keys.end; }
 };
 
-FC_DEVICE Query query(const AttentionCall& t, AttentionUnit u, int r, const float* lse = nullptr, const float* delta = nullptr) {
-  if (r >= t.rows) return {0, 0, {0, 0}, {0, 0}, __builtin_inff(), 0, -1};
+// Its number among all (b, h, i), -1 of a row that does not exist.
+FC_DEVICE int64_t query_place(const AttentionCall& t, AttentionUnit u, int r) {
+  if (r >= t.rows) return -1;
   uint32_t in_group = uint32_t(r);
-  const int64_t i = t.queries.take(in_group), h = u.hkv * (t.a.Hq / t.a.Hkv) + in_group, place = (u.b * t.a.Hq + h) * t.a.Lq + i;
+  const int64_t i = t.queries.take(in_group);
+  return (u.b * t.a.Hq + u.hkv * (t.a.Hq / t.a.Hkv) + in_group) * t.a.Lq + i;
+}
+
+FC_DEVICE Query query(const AttentionCall& t, AttentionUnit u, int r) {
+  if (r >= t.rows) return {0, 0, {0, 0}, {0, 0}};
+  uint32_t in_group = uint32_t(r);
+  const int64_t i = t.queries.take(in_group), h = u.hkv * (t.a.Hq / t.a.Hkv) + in_group;
   return {u.b * t.a.mask.b + h * t.a.mask.h + i * t.a.mask.l,
-          u.b * t.a.bias.b + h * t.a.bias.h + (t.a.Lq - 1 - i) * t.a.bias.distance,
-          visible_keys(t, i),
-          dropout_row(t.a.dropout.key, place),
-          lse ? lse[place] : 0,
-          delta ? delta[place] : 0,
-          place};
+          u.b * t.a.bias.b + h * t.a.bias.h + (t.a.Lq - 1 - i) * t.a.bias.distance, visible_keys(t, i),
+          dropout_row(t.a.dropout.key, query_place(t, u, r))};
 }
 
 // The score of a key that the query sees, in units of log 2, from the product of their features; `slope` is what the softcap

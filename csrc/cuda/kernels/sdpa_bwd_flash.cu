@@ -43,24 +43,34 @@ __global__ void sum_rows(AttentionCall t, RowSums sums, int64_t rows) {
 
 // --- multiply
 
+struct GradientQuery : Query {
+  float lse, delta;
+  int64_t place;
+};
+
+FC_DEVICE GradientQuery gradient_query(const AttentionCall& t, AttentionUnit u, int r, const RowSums& sums) {
+  const int64_t place = query_place(t, u, r);
+  return {query(t, u, r), place < 0 ? __builtin_inff() : sums.lse[place], place < 0 ? 0 : sums.delta[place], place};
+}
+
 template <class Tiles, Gradient kOf>
 struct Shared {
   static constexpr bool kByKey = kOf == Gradient::key || kOf == Gradient::value;
   typename Tiles::Shared tiles;
-  Query queries[kByKey ? 2 : 1][kByKey ? Tiles::kN : Tiles::kM];  // of the fixed tile, or of each stage
+  GradientQuery queries[kByKey ? 2 : 1][kByKey ? Tiles::kN : Tiles::kM];  // of the fixed tile, or of each stage
 };
 
 // Products of the fixed rows from `first` on and the moving ones from `n` on become weights, after dropout (value), or gradients
 // of scores, of the product (query, key) or of what was added to it (bias).
 template <Gradient kOf, class Tiles>
-FC_DEVICE void differentiate(const AttentionCall& t, const Query* queries, int first, int n, typename Tiles::Weights& weights,
-                             typename Tiles::Weights& dp) {
+FC_DEVICE void differentiate(const AttentionCall& t, const GradientQuery* queries, int first, int n,
+                             typename Tiles::Weights& weights, typename Tiles::Weights& dp) {
   constexpr bool kByKey = kOf == Gradient::key || kOf == Gradient::value;
   FC_UNROLL
   for (int r = 0; r < Tiles::kRows; ++r) {
     FC_UNROLL
     for (int c = 0; c < Tiles::kColumns; ++c) {
-      const Query& q = queries[kByKey ? Tiles::column(c) : Tiles::row(r)];
+      const GradientQuery& q = queries[kByKey ? Tiles::column(c) : Tiles::row(r)];
       const int j = kByKey ? first + Tiles::row(r) : n + Tiles::column(c);
       float &x = weights.at(r, c), slope = 1;
       const bool seen = q.sees(j);
@@ -81,7 +91,7 @@ FC_DEVICE void differentiate(const AttentionCall& t, const Query* queries, int f
 
 // The gradient of a mask where no query of the block's tile sees a key of the other.
 template <class Tiles>
-FC_DEVICE void clear_mask_gradient(const AttentionCall& t, const Query* queries, int n) {
+FC_DEVICE void clear_mask_gradient(const AttentionCall& t, const GradientQuery* queries, int n) {
   for (int at = int(threadIdx.x); at < Tiles::kM * Tiles::kN; at += Tiles::kThreads) {
     const int64_t place = queries[at / Tiles::kN].place, j = n + at % Tiles::kN;
     if (place >= 0 && j < t.a.Lkv) static_cast<float*>(t.args.dmask)[place * t.a.Lkv + j] = 0;
@@ -106,7 +116,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) flash(AttentionCall t, Row
                                        key_rows<const T>(t, u, t.args.v, t.a.v, t.a.Dv, t.packs_v)};
   Tiles tiles(shared.tiles, kByKey ? of_keys : of_queries, first, kByKey ? of_queries : of_keys);
   if (!kByKey && threadIdx.x < Tiles::kM) {
-    shared.queries[0][threadIdx.x] = query(t, u, first + int(threadIdx.x), sums.lse, sums.delta);
+    shared.queries[0][threadIdx.x] = gradient_query(t, u, first + int(threadIdx.x), sums);
   }
   const auto meets = [&](int n) {
     return kByKey ? meet(t, n, Tiles::kN, first, Tiles::kM) : meet(t, first, Tiles::kM, n, Tiles::kN);
@@ -118,7 +128,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) flash(AttentionCall t, Row
   const auto begin = [&](int n, int stage) {
     tiles.start(n, stage);
     if (kByKey && threadIdx.x < Tiles::kN) {
-      shared.queries[stage][threadIdx.x] = query(t, u, n + int(threadIdx.x), sums.lse, sums.delta);
+      shared.queries[stage][threadIdx.x] = gradient_query(t, u, n + int(threadIdx.x), sums);
     }
   };
   if (kOf == Gradient::query && t.args.dmask) {
@@ -172,7 +182,7 @@ template <class T>
 __global__ void __launch_bounds__(SimtTile::kThreads) along_distances(AttentionCall t, Divisor tiles_of_head, RowSums sums) {
   using Tiles = BiasTiles<T>;
   auto& shared = shared_memory<Shared<Tiles, Gradient::bias>>();
-  Query* const queries = shared.queries[0];
+  GradientQuery* const queries = shared.queries[0];
   uint32_t bh = blockIdx.x;
   const int64_t distances = t.a.Lq + t.a.Lkv - 1, group = t.a.Hq / t.a.Hkv;
   const int64_t first_distance = int64_t(tiles_of_head.take(bh)) * Tiles::kN;
@@ -188,7 +198,7 @@ __global__ void __launch_bounds__(SimtTile::kThreads) along_distances(AttentionC
   for (int i = 0; i < count; i += Tiles::kM) {
     const int rows = count - i < Tiles::kM ? count - i : Tiles::kM;
     Tiles tiles(shared.tiles, of_queries, before + i, of_keys);
-    if (mine < Tiles::kM) queries[mine] = query(t, u, mine < rows ? before + i + mine : t.rows, sums.lse, sums.delta);
+    if (mine < Tiles::kM) queries[mine] = gradient_query(t, u, mine < rows ? before + i + mine : t.rows, sums);
     for (int half = 0; half < 2; ++half) {
       const int64_t key = i + first_distance - (t.a.Lq - 1) + half * Tiles::kN;
       if (key >= t.a.Lkv || !meet(t, before + i, rows, int(key), Tiles::kN)) continue;
@@ -216,6 +226,7 @@ int64_t all_rows(const SdpaProblem& a) { return a.B * a.Hq * a.Lq; }
 
 template <class Tiles, Gradient kOf>
 void start(const AttentionCall& t, const RowSums& sums, const Context& context) {
+  static_assert(sizeof(Shared<Tiles, kOf>) <= kSharedAtMost);
   const int64_t tiles = tiles_of(Shared<Tiles, kOf>::kByKey ? t.a.Lkv : t.rows, Tiles::kM);
   launch(context, flash<Tiles, kOf>, t.a.B * t.a.Hkv * tiles, Tiles::kThreads, sizeof(Shared<Tiles, kOf>), t, sums);
 }
@@ -228,8 +239,8 @@ void start_all(const AttentionCall& t, const RowSums& sums, const Context& conte
   start<Two, Gradient::query>(t, sums, context);
 }
 
-// --- tile: two fixed tiles of 64 rows and two stages of two moving ones, of 64 rows where there are 64 features (48 KB), of 32
-// where there are 128 (64 KB), of 16 where there are 256 (96 KB).
+// --- tile: two fixed tiles of 64 rows and two stages of two moving ones, of 64 rows where there are 64 features (54 KB), of 32
+// where there are 128 (67 KB), of 16 where there are 256 (99 KB).
 template <class T>
 void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   const AttentionCall t = attention_call<T>(a, args);

@@ -80,10 +80,9 @@ struct Softmax {
       float sum = over_row<Tiles>(total[r], [](float a, float b) { return a + b; });
       const int row = first + Tiles::row(r);
       if (row >= t.rows) continue;
-      uint32_t in_group = uint32_t(row);
-      const int64_t i = t.queries.take(in_group), bh = u.b * t.a.Hq + u.hkv * (t.a.Hq / t.a.Hkv) + in_group;
+      const int64_t place = query_place(t, u, row);
       float shrink = 1, peak = top[r];
-      const float sink = t.args.sink ? static_cast<const float*>(t.args.sink)[bh] * kLog2e : minus_infinity();
+      const float sink = t.args.sink ? static_cast<const float*>(t.args.sink)[place / t.a.Lq] * kLog2e : minus_infinity();
       if (sink != minus_infinity()) {
         if (sum == 0 || sink > peak) shrink = sum == 0 ? 0 : exp2f(peak - sink), peak = sink;
         sum = sum * shrink + exp2f(sink - peak);
@@ -96,7 +95,7 @@ struct Softmax {
         if (d < target.features) to[d * target.feature] = from_float<T>(sum == 0 ? 0 : out.at(r, c) * inverse);
       }
       if (!t.args.lse || Tiles::column(0) != 0) continue;
-      static_cast<float*>(t.args.lse)[bh * t.a.Lq + i] = sum == 0 ? minus_infinity() : fmaf(peak, kLn2, logf(sum));
+      static_cast<float*>(t.args.lse)[place] = sum == 0 ? minus_infinity() : fmaf(peak, kLn2, logf(sum));
     }
   }
 };
@@ -152,11 +151,12 @@ __global__ void __launch_bounds__(Tiles::kThreads) flash(AttentionCall t) {
 
 template <class Tiles>
 void start(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
+  static_assert(sizeof(Shared<Tiles>) <= kSharedAtMost);
   const AttentionCall t = attention_call<typename Tiles::T>(a, args);
   launch(context, flash<Tiles>, a.B * a.Hkv * tiles_of(t.rows, Tiles::kM), Tiles::kThreads, sizeof(Shared<Tiles>), t);
 }
 
-// --- tile: 64 features are 40 KB of shared memory, 128 are 80, and 256 with 32 keys 96: what a block gets of an sm_86.
+// --- tile: 64 features are 42 KB of shared memory, 128 are 82, and 256 with 32 keys 98.
 template <class T>
 void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   const int64_t features = a.D > a.Dv ? a.D : a.Dv;
