@@ -24,6 +24,7 @@ SPECIALISTS = {
     "implicit_gemm": 0.25,
     "depthwise": 0.12,
     "grouped": 0.05,
+    "subpixel": 0.1,
     "winograd_f4x5": 0.01,
     "winograd_f2x7": 0.01,
     "winograd": 0.05,

@@ -11,7 +11,7 @@ namespace fastconv {
 // How operands are stored. bf16 and f16 are computed in f32.
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
 
-enum class Activation : int32_t { none, relu, relu6, silu, hardswish, gelu, sigmoid };
+enum class Activation : int32_t { none, relu, relu6, silu, hardswish, gelu, gelu_tanh, sigmoid };
 
 struct Stride4 {
   int64_t n, c, h, w;
@@ -152,7 +152,7 @@ struct SdpaProblem {
 
 // What is absent is null. Forward reads x, residual, gamma, beta and writes y, sum where there is a residual, and mean and rstd
 // (N numbers each) where a backward pass will want them; backward reads x, mean, rstd, gamma, dy, dsum and writes those of dx,
-// dgamma, dbeta that are there.
+// dgamma, dbeta that are there. mean and rstd are of the precision that is computed in.
 struct NormArgs {
   void *x, *residual, *gamma, *beta, *sum, *y, *mean, *rstd;
   void *dy, *dsum, *dx, *dgamma, *dbeta;

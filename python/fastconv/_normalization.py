@@ -14,10 +14,12 @@ from ._arguments import describe, ints, tensor
 from ._routes import for_torch, overridden
 from .ops import layer_norm as ops
 from .ops._dispatch import DTYPES, KERNEL, usual
+from .ops._eager import native
 from .ops.pool2d import chosen
 
 _OP = "layer_norm"
 _dynamo = torch.compiler.is_dynamo_compiling
+_eager_layer_norm = native.eager_layer_norm
 
 
 @overload
@@ -64,6 +66,10 @@ def layer_norm(
 
     Raises RuntimeError where shapes, dtypes or devices do not fit, TypeError where an argument is of the wrong kind.
     """
+    if not _dynamo():
+        y = _eager_layer_norm(input, normalized_shape, weight, bias, eps, residual)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     if type(normalized_shape) is tuple and type(eps) is float and not _dynamo():
         quick = _usual(input, normalized_shape, weight, bias, residual, eps)
         if quick is not None:
@@ -81,10 +87,10 @@ def layer_norm(
         raise TypeError(
             f"{_OP}(): argument 'normalized_shape' (position 2) must be tuple of ints, not {describe(normalized_shape)}"
         )
-    _check_shapes(input, shape, weight, bias, residual)
+    check_shapes(input, shape, weight, bias, residual)
     if for_torch(_OP, tensors, False):
         return _theirs(input, shape, weight, bias, eps, residual=residual)  # type: ignore[no-any-return]
-    _check_dtypes(input, weight, bias, residual)
+    check_dtypes(input, weight, bias, residual)
     return _apply(input, shape, weight, bias, float(eps), residual)
 
 
@@ -153,7 +159,7 @@ def _theirs(
     return F.layer_norm(total, normalized_shape, weight, bias, eps), total
 
 
-def _check_shapes(
+def check_shapes(
     input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> None:
     listed = list(shape)
@@ -179,7 +185,7 @@ def _check_shapes(
         )
 
 
-def _check_dtypes(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+def check_dtypes(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
     for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None and t.dtype is not input.dtype:
             raise RuntimeError(f"mixed dtype (CPU): {_OP}() got input of {input.dtype} and {name} of {t.dtype}")

@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kTileBytes = 800 << 10, kLeastTiles = 24;
 // Transformed filters that are kept, for all threads: they fit an L3. Where there are more, x is transformed once for each part.
 constexpr int64_t kFilterBytes = 9 << 19;
-// Channels of filters that are packed before they are transformed: a panel of 9 x 16 x 64 floats is 36 KB.
+// Channels of filters that are packed before they are transformed: a panel of 9 x 16 x 64 floats is 36 KB, of 7x7
+// filters 196 KB.
 constexpr int64_t kFilterChannels = 16;
 
 // Cycles for one vector at one position of a tile, measured on Cascade Lake with x and y in memory, U in L3. Twice that on the
@@ -37,13 +38,13 @@ template <>
 constexpr TransformCycles kCycles<F<4, 5>> = kCycles<F<6, 3>>;  // the same windows of 8x8
 template <>
 constexpr TransformCycles kCycles<F<2, 7>> = kCycles<F<6, 3>>;
+// The same for filters that were transformed before and come from memory.
+constexpr double kKeptCycles = 12;
 // The costs of im2col and implicit_gemm promise 0.9 of the FMA peak; with 5x5 and 7x7 filters these reach 0.4 to 0.7.
 template <class F>
 constexpr double kPromise = F::kTaps == 3   ? 1
                             : F::kTaps == 5 ? 0.7
                                             : 0.6;
-// The same for filters that were transformed before and come from memory.
-constexpr double kKeptCycles = 12;
 
 // Sizes of what is kept, in elements: V is [position][tile][depth], U [panel][position][c][width], and the products
 // [position][tile][width]. A vector between positions keeps them out of one another's cache sets.
