@@ -311,6 +311,8 @@ def fitted(found: Sequence[Verdict]) -> Seconds:
             for algorithm in factors:
                 for ratio in (step, 1 / step):
                     tried = factors | {algorithm: factors[algorithm] * ratio}
+                    if algorithm.startswith("winograd") and tried[algorithm] < 1:
+                        continue  # the less exact algorithms are not favoured for a few percent of time
                     if (value := penalty(found, tried)) < best - 1e-9:
                         factors, best, improved = tried, value, True
     return factors

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <bit>
+#include <cstring>
 #include <limits>
 #include <new>
 
@@ -99,6 +100,15 @@ bool Call::number(int at) {
 }
 
 bool Call::flag(int at) { return PyBool_Check(args_[at]) && key_.append(args_[at] == Py_True); }
+
+bool Call::name(int at) {
+  Py_ssize_t length = 0;
+  const char* text = PyUnicode_CheckExact(args_[at]) ? PyUnicode_AsUTF8AndSize(args_[at], &length) : nullptr;
+  int64_t words[2] = {};
+  if (!text || length > Py_ssize_t(sizeof words)) return false;
+  std::memcpy(words, text, size_t(length));
+  return key_.append(words, 2);
+}
 
 PyObject* Call::pass() const { return PyErr_Occurred() ? nullptr : none(); }
 

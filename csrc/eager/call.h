@@ -15,6 +15,8 @@ enum Op {
   kAvgPool2d,
   kAdaptiveAvgPool2d,
   kLayerNorm,
+  kFrozenConv2d,
+  kFrozenLinear,
   kConv2dDgrad,
   kConv2dWgrad,
   kLinearDgrad,
@@ -27,7 +29,8 @@ enum Op {
 
 // By op, what Python registered. A resolver takes the arguments of the call and answers (plan, shape, strides, info), or None
 // where the call is Python's. Who takes over: for a forward op, the autograd.Function's apply where a gradient is wanted, called
-// with the operands and the recipe; for a gradient, Python's backward pass, called with (context, dy, saved tensors).
+// with the operands and the recipe; for a gradient, Python's backward pass, called with (context, dy, saved tensors); for an op
+// on frozen weights, who packs them, called with (kept, weight, recipe).
 struct Registered {
   PyObject *resolver, *takes_over;
 };
@@ -52,6 +55,7 @@ class Call {
   bool number(int at);  // a float
   bool integer(int at) { return integer(args_[at]); }
   bool flag(int at);
+  bool name(int at);  // a string of at most 16 bytes
   bool serial(const Recipe& forward) { return key_.append(forward.serial); }
 
   // The recipe of the call: a new reference, or None where there is none, or null with a Python exception set.

@@ -3,24 +3,16 @@
 #include <string>
 
 #include "eager/call.h"
+#include "eager/frozen.h"
 #include "eager/gradients.h"
 
 namespace fastconv {
 namespace {
 
-constexpr const char* kNames[kOps] = {"conv2d",
-                                      "linear",
-                                      "max_pool2d",
-                                      "avg_pool2d",
-                                      "adaptive_avg_pool2d",
-                                      "layer_norm",
-                                      "conv2d_dgrad",
-                                      "conv2d_wgrad",
-                                      "linear_dgrad",
-                                      "linear_wgrad",
-                                      "max_pool2d_bwd",
-                                      "avg_pool2d_bwd",
-                                      "adaptive_avg_pool2d_bwd"};
+constexpr const char* kNames[kOps] = {
+    "conv2d",       "linear",        "max_pool2d",     "avg_pool2d",     "adaptive_avg_pool2d",
+    "layer_norm",   "frozen_conv2d", "frozen_linear",  "conv2d_dgrad",   "conv2d_wgrad",
+    "linear_dgrad", "linear_wgrad",  "max_pool2d_bwd", "avg_pool2d_bwd", "adaptive_avg_pool2d_bwd"};
 
 using Address = void*;
 
@@ -154,6 +146,8 @@ PyMethodDef methods[] = {
     fast("eager_avg_pool2d", &avg_pool2d),
     fast("eager_adaptive_avg_pool2d", &adaptive_avg_pool2d),
     fast("eager_layer_norm", &layer_norm),
+    fast("eager_frozen_conv2d", &frozen_conv2d),
+    fast("eager_frozen_linear", &frozen_linear),
     fast("eager_record_product", &record_product),
     fast("eager_record_max", &record_max),
     fast("eager_record_avg", &record_avg),
@@ -171,7 +165,7 @@ PyMethodDef methods[] = {
 }  // namespace
 
 bool add_eager_calls(PyObject* module) {
-  return prepare_recipes() && prepare_gradients() && PyModule_AddFunctions(module, methods) == 0;
+  return prepare_recipes() && prepare_frozen() && prepare_gradients() && PyModule_AddFunctions(module, methods) == 0;
 }
 
 }  // namespace fastconv

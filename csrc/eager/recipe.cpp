@@ -20,7 +20,9 @@ void deallocate(PyObject* self) {
   Py_DECREF(type);
 }
 
-PyMemberDef members[] = {{"info", T_OBJECT, offsetof(Recipe, info), READONLY, nullptr}, {nullptr, 0, 0, 0, nullptr}};
+PyMemberDef members[] = {{"info", T_OBJECT, offsetof(Recipe, info), READONLY, nullptr},
+                         {"serial", T_LONGLONG, offsetof(Recipe, serial), READONLY, nullptr},
+                         {nullptr, 0, 0, 0, nullptr}};
 PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(&deallocate)}, {Py_tp_members, members}, {0, nullptr}};
 PyType_Spec spec{"fastconv._C.Recipe", sizeof(Recipe), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
 PyTypeObject* type = nullptr;

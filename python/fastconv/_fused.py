@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,13 +12,18 @@ from ._padding import Quad
 from ._routes import plain, plain_pair
 from .ops import _frozen_linear
 from .ops import conv2d as ops
-from .ops._conv2d_kernels import Geometry, run_frozen
+from .ops._conv2d_kernels import Geometry, find_frozen, run_frozen
 from .ops._dispatch import KERNEL, usual, way
+from .ops._eager import Answer, native
 from .ops._packed import PackedFilters
 
 Pair = tuple[int, int]
 
 ACTIVATIONS = ops.ACTIVATIONS
+
+_dynamo = torch.compiler.is_dynamo_compiling
+_eager_conv2d = native.eager_frozen_conv2d
+_eager_linear = native.eager_frozen_linear
 
 
 def conv2d(
@@ -57,6 +63,10 @@ def frozen_conv2d(
     activation: str = "none",
 ) -> Tensor:
     """`conv2d` with a weight that does not change, which kernels find in ``kept`` in the order that they want."""
+    if not _dynamo():
+        y: Tensor | None = _eager_conv2d(input, weight, bias, residual, kept, *geometry, activation)
+        if y is not None:
+            return y
     if _in_one(input, weight, bias, residual, *geometry) and way(input, weight, bias, residual) is KERNEL:
         return run_frozen(input, weight, bias, residual, kept, geometry, activation)
     return conv2d(input, weight, bias, *geometry, residual, activation)
@@ -75,6 +85,10 @@ def frozen_linear(
     input (..., I), weight (O, I), bias (O), residual what can be added to the result (..., O). As `frozen_conv2d`: one call of
     a kernel where nothing asks for another way, otherwise steps through `fastconv.functional`.
     """
+    if not _dynamo():
+        y: Tensor | None = _eager_linear(input, weight, bias, residual, kept, activation)
+        if y is not None:
+            return y
     if usual(input, weight, bias) is KERNEL and (residual is None or usual(residual, weight, None) is KERNEL):
         recipe = _frozen_linear.find(input, weight, bias, residual, activation)
         if recipe is not None:
@@ -112,3 +126,38 @@ def _in_one(
     return residual is None or (
         plain(residual) and residual.dtype is input.dtype and tuple(residual.shape) == (N, K, P, Q)
     )
+
+
+# ---- What csrc/eager asks for when it meets a call for the first time; see _resolvers.py ------------------------------
+
+
+def _resolve_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kept: PackedFilters,
+    stride: Pair, padding: Quad, dilation: Pair, groups: int, activation: str,
+) -> Answer | None:  # fmt: skip
+    geometry = stride, padding, dilation, groups
+    if activation not in ("none", *ACTIVATIONS) or not _in_one(input, weight, bias, residual, *geometry):
+        return None
+    recipe = find_frozen(input, weight, bias, residual, geometry, activation)
+    if recipe.plan is None or recipe.copy_a is not None or recipe.copy_b is not None:
+        return None
+    if bias is not None and not bias.is_contiguous():
+        return None
+    return recipe.plan.native, recipe.out_shape, recipe.out_strides, recipe.plan
+
+
+def _resolve_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kept: PackedFilters, activation: str
+) -> Answer | None:
+    if activation not in ("none", *ACTIVATIONS):
+        return None
+    recipe = _frozen_linear.find(input, weight, bias, residual, activation)
+    if recipe is None or recipe.plan is None:
+        return None
+    if not all(t is None or t.is_contiguous() for t in (input, bias, residual)):
+        return None
+    return recipe.plan.native, recipe.y_shape, recipe.y_strides, recipe.plan
+
+
+native.eager_register("frozen_conv2d", _resolve_conv2d, PackedFilters.for_recipe)
+native.eager_register("frozen_linear", _resolve_linear, PackedFilters.for_recipe)

@@ -236,17 +236,23 @@ def run_fwd(
     return follow(recipe, x, w, bias, residual)
 
 
+def find_frozen(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry, activation: str
+) -> Recipe:
+    """`find_fwd` for a weight that does not change."""
+    return fwd_recipe(
+        x.shape, x.stride(), w.shape, w.stride(), x.dtype, *geometry, bias is not None,
+        None if residual is None else residual.stride(), activation,
+        _get_threads(), _forced().get("conv2d_fwd", ""), plan.strict, True,
+    )  # fmt: skip
+
+
 def run_frozen(
     x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, kept: PackedFilters,
     geometry: Geometry, activation: str,
 ) -> Tensor:  # fmt: skip
     """`run_fwd` for a weight that does not change: kernels are chosen for it, and find it in `kept` as they want it."""
-    recipe = fwd_recipe(
-        x.shape, x.stride(), w.shape, w.stride(), x.dtype, *geometry, bias is not None,
-        None if residual is None else residual.stride(), activation,
-        _get_threads(), _forced().get("conv2d_fwd", ""), plan.strict, True,
-    )  # fmt: skip
-    return follow(recipe, x, w, bias, residual, kept)
+    return follow(find_frozen(x, w, bias, residual, geometry, activation), x, w, bias, residual, kept)
 
 
 def find_dgrad(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,13 @@ class PackedFilters:
     at the last call, or torch knows that it was written to, they are made again. Copies and pickles are empty.
     """
 
-    __slots__ = ("_kept", "_weight")
+    __slots__ = ("_kept", "by_recipe", "weight")
 
     def __init__(self) -> None:
-        self._weight: tuple[int, int] | None = None
+        # What csrc/eager/frozen.cpp looks at: address and version of the weight, and by a recipe's serial number what `get`
+        # answered for its plan.
+        self.weight: tuple[int, int] | None = None
+        self.by_recipe: dict[int, Tensor | None] = {}
         self._kept: dict[tuple[str, int], Tensor] = {}
 
     def get(self, plan: Plan, w: Tensor) -> Tensor | None:
@@ -26,9 +31,7 @@ class PackedFilters:
         size, arrangement = plan.packed
         if size == 0:
             return None
-        weight = w.data_ptr(), 0 if w.is_inference() else w._version
-        if weight != self._weight:
-            self._weight, self._kept = weight, {}
+        self._follow(w)
         kept = self._kept
         packed = kept.get((plan.kernel, arrangement))
         if packed is None:
@@ -36,6 +39,18 @@ class PackedFilters:
             plan.native.pack(w.data_ptr(), packed.data_ptr())
             kept[plan.kernel, arrangement] = packed
         return packed
+
+    def for_recipe(self, w: Tensor, recipe: Any) -> Tensor | None:
+        """`get` for a recipe of csrc/eager, whose `info` is its plan; remembered, so that the next call need not ask."""
+        self._follow(w)
+        self.by_recipe[recipe.serial] = packed = self.get(recipe.info, w)
+        return packed
+
+    def _follow(self, w: Tensor) -> None:
+        """Forgets everything that was made of another weight."""
+        weight = w.data_ptr(), 0 if w.is_inference() else w._version
+        if weight != self.weight:
+            self.weight, self.by_recipe, self._kept = weight, {}, {}
 
     def __reduce__(self) -> tuple[type[PackedFilters], tuple[()]]:
         return PackedFilters, ()
