@@ -32,11 +32,12 @@ Dtype parse_dtype(const std::string& name) {
 }
 
 Activation parse_activation(const std::string& name) {
-  constexpr const char* kNames[] = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"};
+  constexpr const char* kNames[] = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "sigmoid"};
   for (int i = 0; i < int(std::size(kNames)); ++i) {
     if (name == kNames[i]) return Activation(i);
   }
-  throw std::invalid_argument("activation: got '" + name + "', expected none, relu, relu6, silu, hardswish, gelu or sigmoid");
+  throw std::invalid_argument("activation: got '" + name +
+                              "', expected none, relu, relu6, silu, hardswish, gelu, gelu_tanh or sigmoid");
 }
 
 Stride4 stride4(const Quad& s) { return {s[0], s[1], s[2], s[3]}; }

@@ -169,6 +169,19 @@ def test_check_agrees(argv: list[str], shape: list[int], tmp_path: Path, capsys:
         assert layer["kernels"][0] in out
 
 
+def test_check_of_a_vision_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Norms and attention are layers that have to run on kernels of ours too."""
+    pytest.importorskip("sklearn")
+    assert main(["check", "vit_tiny", "--threads", "1", *QUICK, "--json", str(tmp_path / "found.json")]) == 0
+    assert "they agree" in capsys.readouterr().out
+    layers = json.loads((tmp_path / "found.json").read_text())["layers"]
+    assert Counter(layer["kind"] for layer in layers) == {
+        "Conv2d": 1, "LayerNorm": 25, "MultiheadAttention": 12, "Linear": 25
+    }  # fmt: skip
+    ops = {layer["kind"]: {kernel.split(".")[0] for kernel in layer["kernels"]} for layer in layers}
+    assert (ops["LayerNorm"], ops["MultiheadAttention"]) == ({"layer_norm_fwd"}, {"sdpa_fwd"})
+
+
 def test_check_takes_weights_and_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     image = pytest.importorskip("PIL.Image")

@@ -28,7 +28,7 @@ class TwoBlocks(nn.Module):
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "sigmoid"])
 def test_conv_bn_act(activation: str, residual: bool) -> None:
     torch.manual_seed(0)
     block = fastconv.nn.ConvBnAct(4, 6, (3, 5), stride=(1, 2), dilation=(2, 1), groups=2, activation=activation)

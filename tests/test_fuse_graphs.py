@@ -97,7 +97,8 @@ GRAPHS: dict[str, tuple[Callable[[Forward, Tensor], Tensor], tuple[int, int, int
     "broadcast": (lambda m, x: (m.a(x) + x.mean((2, 3), keepdim=True)).relu(), (1, 1, 1)),
     "a number": (lambda m, x: m.a(x) + 1, (1, 0, 0)),
     "scaled": (lambda m, x: torch.add(m.a(x), x, alpha=2), (1, 0, 0)),
-    "tanh-form gelu": (lambda m, x: nn.functional.gelu(m.a(x), approximate="tanh"), (1, 0, 0)),
+    "tanh-form gelu": (lambda m, x: nn.functional.gelu(m.a(x), approximate="tanh"), (1, 0, 1)),
+    "an option": (lambda m, x: torch.sigmoid(m.a(x), out=torch.empty(2, 4, 6, 5)), (1, 0, 0)),
 }
 
 

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import fastconv
 from fastconv import reference
 from fastconv.functional import layer_norm
+from fastconv.ops._eager import connected, native
 from fastconv.testing.tolerance import peer_bound
 
 OPS = torch.ops.fastconv
@@ -191,3 +192,59 @@ def test_errors(error: type[Exception], message: str, args: Any, options: Any) -
     if "residual" not in options:
         with pytest.raises(error):
             F.layer_norm(x, args[1], **options)
+
+
+# ---- csrc/eager ------------------------------------------------------------------------------------------------------------
+
+
+def quick(*args: Any) -> Any:
+    """What csrc/eager says to a call: its result, or None."""
+    return native.eager_layer_norm(*args)
+
+
+FORMS: dict[str, Any] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "every second": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+    "parameter": lambda t: torch.nn.Parameter(t, requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_call_in_c_gives_the_same_bits(form: str, dtype: torch.dtype) -> None:
+    x, residual = (FORMS[form](torch.randn(3, 2, 4, 5, dtype=dtype)) for _ in range(2))
+    for shape in ((5,), (4, 5)):
+        weight, bias = (FORMS[form](torch.randn(shape, dtype=dtype)) for _ in range(2))
+        for args in ((weight, bias, 1e-5), (weight, None, 1e-3), (None, None, 1e-5)):
+            for more in ({}, {"residual": residual}):
+                with fastconv.observe() as records:  # who observes keeps csrc/eager away
+                    expected = layer_norm(x, shape, *args, **more)
+                assert len(records) == 1
+                for _ in range(2):  # when it is met for the first time, and known
+                    found = layer_norm(x, shape, *args, **more)
+                    assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not connected, reason="this torch has no DLPack exchange API")
+def test_which_calls_c_answers() -> None:
+    x, r, w, b = (t.detach() for t in operands(dtype=torch.float32))
+    for args in ((x, (5,), w, b, 1e-5, None), (x, x.shape, None, None, 1e-5, r), (x[:1], (5,), None, b, 1.0, r[:1])):
+        assert quick(*args) is not None
+    y, total = quick(x, (5,), w, b, 1e-5, r)
+    assert_close((y, total), (F.layer_norm(x + r, (5,), w, b), x + r))
+    assert not torch.equal(quick(x, (5,), w, b, 1e-5, None), quick(x, (5,), w, b, 1.0, None))
+    for args in (
+        (x, [5], w, b, 1e-5, None), (x, 5, w, b, 1e-5, None), (x, (5.0,), w, b, 1e-5, None), (x, (), w, b, 1e-5, None),
+        (x, (5,), w, b, 1, None), (x, (3,), w, b, 1e-5, None), (x, (5,), w[:3], b, 1e-5, None), (x, (2, 3, 5), w, b, 1e-5, None),
+        (x, (5,), w.double(), b, 1e-5, None), (x, (5,), w, b, 1e-5, r[:1]), (x.t(), (3,), None, None, 1e-5, None),
+        (x[:0], (5,), w, b, 1e-5, None), (x.clone().requires_grad_(), (5,), w, b, 1e-5, None),
+        (x, (5,), w.clone().requires_grad_(), b, 1e-5, None), (x, (5,), w, b, 1e-5, r.clone().requires_grad_()),
+        (x.bfloat16(), (5,), None, None, 1e-5, None), (None, (5,), w, b, 1e-5, None), (x, (5,), w, b, 1e-5),
+    ):  # fmt: skip
+        assert quick(*args) is None
+    with torch.no_grad():
+        assert quick(x.clone().requires_grad_(), (5,), w, b, 1e-5, None) is not None
+    with fastconv.use(layer_norm_fwd="scalar"):
+        assert quick(x, (5,), w, b, 1e-5, None) is None

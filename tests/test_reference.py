@@ -282,6 +282,7 @@ def test_activations_by_hand() -> None:
         "sigmoid": [1 / (1 + math.exp(-v)) for v in z],
         "silu": [v / (1 + math.exp(-v)) for v in z],
         "gelu": [0.5 * v * math.erfc(-v / math.sqrt(2)) for v in z],
+        "gelu_tanh": [v / (1 + math.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v))) for v in z],
     }
     assert expected.keys() == reference.ACTIVATIONS.keys()
     for name, values in expected.items():

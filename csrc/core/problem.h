@@ -11,7 +11,7 @@ namespace fastconv {
 // How operands are stored. bf16 and f16 are computed in f32.
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
 
-enum class Activation : int32_t { none, relu, relu6, silu, hardswish, gelu, sigmoid };
+enum class Activation : int32_t { none, relu, relu6, silu, hardswish, gelu, gelu_tanh, sigmoid };
 
 struct Stride4 {
   int64_t n, c, h, w;

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <bit>
 #include <limits>
 #include <new>
 
@@ -34,6 +35,7 @@ PyObject* none() { Py_RETURN_NONE; }
 
 bool run(const Recipe& recipe, const Conv2dArgs& args) { return run_any(recipe, args); }
 bool run(const Recipe& recipe, const Pool2dArgs& args) { return run_any(recipe, args); }
+bool run(const Recipe& recipe, const NormArgs& args) { return run_any(recipe, args); }
 
 PyObject* allocate(const Torch& torch, PyObject* shape, PyObject* strides, PyObject* dtype, void** address) {
   PyObject* tensor = torch.empty(shape, strides, dtype);
@@ -81,6 +83,19 @@ bool Call::pair(int at) {
   PyObject* value = args_[at];
   if (!PyTuple_CheckExact(value)) return integer(value) && integer(value);
   return PyTuple_GET_SIZE(value) == 2 && integer(PyTuple_GET_ITEM(value, 0)) && integer(PyTuple_GET_ITEM(value, 1));
+}
+
+bool Call::sizes(int at) {
+  PyObject* value = args_[at];
+  if (!PyTuple_Check(value) || !key_.append(PyTuple_GET_SIZE(value))) return false;  // torch.Size is one
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+    if (!integer(PyTuple_GET_ITEM(value, i))) return false;
+  }
+  return true;
+}
+
+bool Call::number(int at) {
+  return PyFloat_CheckExact(args_[at]) && key_.append(std::bit_cast<int64_t>(PyFloat_AS_DOUBLE(args_[at])));
 }
 
 bool Call::flag(int at) { return PyBool_Check(args_[at]) && key_.append(args_[at] == Py_True); }

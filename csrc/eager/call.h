@@ -14,6 +14,7 @@ enum Op {
   kMaxPool2d,
   kAvgPool2d,
   kAdaptiveAvgPool2d,
+  kLayerNorm,
   kConv2dDgrad,
   kConv2dWgrad,
   kLinearDgrad,
@@ -47,6 +48,8 @@ class Call {
   bool tensor(int at);
   bool optional_tensor(int at);
   bool pair(int at);
+  bool sizes(int at);   // a tuple of ints
+  bool number(int at);  // a float
   bool integer(int at) { return integer(args_[at]); }
   bool flag(int at);
   bool serial(const Recipe& forward) { return key_.append(forward.serial); }
@@ -74,13 +77,14 @@ class Call {
   Moment moment_ = Moment::other;
   bool derives_ = false;
   int tensors_ = 0;
-  Operand operands_[3] = {};
+  Operand operands_[4] = {};
   Key key_;
 };
 
 // Runs a recipe's plan on scratch of this thread, without the GIL if it takes long. False with a Python exception set.
 bool run(const Recipe& recipe, const Conv2dArgs& args);
 bool run(const Recipe& recipe, const Pool2dArgs& args);
+bool run(const Recipe& recipe, const NormArgs& args);
 
 // A tensor to be written, of the recipe's shape unless another is given, and its address. Null with a Python exception set.
 PyObject* allocate(const Torch& torch, PyObject* shape, PyObject* strides, PyObject* dtype, void** address);

@@ -8,9 +8,19 @@
 namespace fastconv {
 namespace {
 
-constexpr const char* kNames[kOps] = {
-    "conv2d",       "linear",       "max_pool2d",   "avg_pool2d",     "adaptive_avg_pool2d", "conv2d_dgrad",
-    "conv2d_wgrad", "linear_dgrad", "linear_wgrad", "max_pool2d_bwd", "avg_pool2d_bwd",      "adaptive_avg_pool2d_bwd"};
+constexpr const char* kNames[kOps] = {"conv2d",
+                                      "linear",
+                                      "max_pool2d",
+                                      "avg_pool2d",
+                                      "adaptive_avg_pool2d",
+                                      "layer_norm",
+                                      "conv2d_dgrad",
+                                      "conv2d_wgrad",
+                                      "linear_dgrad",
+                                      "linear_wgrad",
+                                      "max_pool2d_bwd",
+                                      "avg_pool2d_bwd",
+                                      "adaptive_avg_pool2d_bwd"};
 
 using Address = void*;
 
@@ -72,6 +82,35 @@ PyObject* adaptive_avg_pool2d(PyObject*, PyObject* const* args, Py_ssize_t count
   return ours ? answer(kAdaptiveAvgPool2d, call, args) : call.pass();
 }
 
+// (input, normalized_shape, weight, bias, eps, residual) -> y, or y and the sum where there is a residual. Where a gradient is
+// wanted the call is Python's, which keeps what the backward pass needs.
+PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Call call(kLayerNorm, args, count);
+  const bool ours = call.begin(6) && call.tensor(0) && call.optional_tensor(2) && call.optional_tensor(3) &&
+                    call.optional_tensor(5) && !call.derives() && call.sizes(1) && call.number(4);
+  if (!ours) return call.pass();
+  PyObject* found = call.recipe();
+  if (!found || found == Py_None) return found;
+  const auto& recipe = *reinterpret_cast<Recipe*>(found);
+  NormArgs given{};
+  given.x = call.operand(0).data;
+  given.gamma = call.operand(1).data;
+  given.beta = call.operand(2).data;
+  given.residual = call.operand(3).data;
+  PyObject* dtype = call.torch().dtype(call.operand(0).dtype);
+  PyObject* y = allocate(call.torch(), recipe.shape, recipe.strides, dtype, &given.y);
+  PyObject* sum = y && given.residual ? allocate(call.torch(), recipe.shape, recipe.strides, dtype, &given.sum) : nullptr;
+  PyObject* result = nullptr;
+  if (y && (sum || !given.residual) && run(recipe, given)) {
+    result = sum ? PyTuple_Pack(2, y, sum) : y;
+    if (!sum) Py_INCREF(y);
+  }
+  Py_XDECREF(y);
+  Py_XDECREF(sum);
+  Py_DECREF(found);
+  return result;
+}
+
 // ---- Set-up ---------------------------------------------------------------------------------------------------------------
 
 PyObject* connect(PyObject*, PyObject* args) {
@@ -114,6 +153,7 @@ PyMethodDef methods[] = {
     fast("eager_max_pool2d", &max_pool2d),
     fast("eager_avg_pool2d", &avg_pool2d),
     fast("eager_adaptive_avg_pool2d", &adaptive_avg_pool2d),
+    fast("eager_layer_norm", &layer_norm),
     fast("eager_record_product", &record_product),
     fast("eager_record_max", &record_max),
     fast("eager_record_avg", &record_avg),

@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # What the kernels' epilogue can do, as modules.
-ACTIVATION_LAYERS: dict[str, type[torch.nn.Module]] = {
+ACTIVATION_LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
     "relu": torch.nn.ReLU,
     "relu6": torch.nn.ReLU6,
     "silu": torch.nn.SiLU,
     "hardswish": torch.nn.Hardswish,
     "gelu": torch.nn.GELU,
+    "gelu_tanh": partial(torch.nn.GELU, approximate="tanh"),
     "sigmoid": torch.nn.Sigmoid,
+}
+
+# By what torch calls the form of gelu.
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+# As functions, and as methods by their names.
+_ACTIVATION_CALLS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    F.gelu: "gelu",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    torch.sigmoid_: "sigmoid",
+    "relu": "relu",
+    "relu_": "relu",
+    "sigmoid": "sigmoid",
+    "sigmoid_": "sigmoid",
 }
 
 
 def activation_of(module: torch.nn.Module) -> str | None:
     """The epilogue's name for an activation layer; None where it has none."""
-    if type(module) is torch.nn.GELU and module.approximate != "none":
-        return None
+    if type(module) is torch.nn.GELU:
+        return _GELUS.get(module.approximate)
     return next((name for name, kind in ACTIVATION_LAYERS.items() if type(module) is kind), None)
+
+
+def activation_called(target: Any, options: Mapping[str, Any]) -> str | None:
+    """The same for a function, or a method's name, called with these keywords."""
+    options = {key: value for key, value in options.items() if key != "inplace"}
+    if target is F.gelu and options.keys() == {"approximate"}:
+        return _GELUS.get(options["approximate"])
+    return None if options else _ACTIVATION_CALLS.get(target)
+
+
+def activation_name(activation: Any) -> str | None:
+    """The same for what a Transformer layer calls its activation, a module or a function; None where it has none."""
+    if isinstance(activation, torch.nn.Module):
+        return activation_of(activation)
+    return activation_called(activation, {})
 
 
 def why_not_folded(norm: torch.nn.Module) -> str:

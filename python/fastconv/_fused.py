@@ -1,4 +1,4 @@
-"""A convolution with everything that its kernels can do on the way: padding on four sides, an addition, an activation."""
+"""A convolution, and a linear layer, with all that their kernels can do on the way: four sides' padding, addition, activation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._convolution import conv2d as plain_conv2d
+from ._convolution import linear as plain_linear
 from ._padding import Quad
 from ._routes import plain, plain_pair
+from .ops import _frozen_linear
 from .ops import conv2d as ops
 from .ops._conv2d_kernels import Geometry, run_frozen
-from .ops._dispatch import KERNEL, way
+from .ops._dispatch import KERNEL, usual, way
 from .ops._packed import PackedFilters
 
 Pair = tuple[int, int]
@@ -42,10 +44,7 @@ def conv2d(
     pads = top, left
     if (top, left) != (bottom, right):
         input, pads = F.pad(input, (left, right, top, bottom)), (0, 0)
-    y = plain_conv2d(input, weight, bias, stride, pads, dilation, groups)
-    if residual is not None:
-        y = y + residual
-    return y if activation == "none" else ACTIVATIONS[activation](y)
+    return _finished(plain_conv2d(input, weight, bias, stride, pads, dilation, groups), residual, activation)
 
 
 def frozen_conv2d(
@@ -61,6 +60,32 @@ def frozen_conv2d(
     if _in_one(input, weight, bias, residual, *geometry) and way(input, weight, bias, residual) is KERNEL:
         return run_frozen(input, weight, bias, residual, kept, geometry, activation)
     return conv2d(input, weight, bias, *geometry, residual, activation)
+
+
+def frozen_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: PackedFilters,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """activation(linear(input, weight) + bias + residual), with a weight that does not change, for tensors of any kind.
+
+    input (..., I), weight (O, I), bias (O), residual what can be added to the result (..., O). As `frozen_conv2d`: one call of
+    a kernel where nothing asks for another way, otherwise steps through `fastconv.functional`.
+    """
+    if usual(input, weight, bias) is KERNEL and (residual is None or usual(residual, weight, None) is KERNEL):
+        recipe = _frozen_linear.find(input, weight, bias, residual, activation)
+        if recipe is not None:
+            return _frozen_linear.follow(recipe, input, weight, bias, residual, kept)
+    return _finished(plain_linear(input, weight, bias), residual, activation)
+
+
+def _finished(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """An epilogue step by step."""
+    y = y if residual is None else y + residual
+    return y if activation == "none" else ACTIVATIONS[activation](y)
 
 
 def _in_one(

@@ -14,10 +14,12 @@ from ._arguments import describe, ints, tensor
 from ._routes import for_torch, overridden
 from .ops import layer_norm as ops
 from .ops._dispatch import DTYPES, KERNEL, usual
+from .ops._eager import native
 from .ops.pool2d import chosen
 
 _OP = "layer_norm"
 _dynamo = torch.compiler.is_dynamo_compiling
+_eager_layer_norm = native.eager_layer_norm
 
 
 @overload
@@ -64,6 +66,10 @@ def layer_norm(
 
     Raises RuntimeError where shapes, dtypes or devices do not fit, TypeError where an argument is of the wrong kind.
     """
+    if not _dynamo():
+        y = _eager_layer_norm(input, normalized_shape, weight, bias, eps, residual)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     if type(normalized_shape) is tuple and type(eps) is float and not _dynamo():
         quick = _usual(input, normalized_shape, weight, bias, residual, eps)
         if quick is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._convolution import conv2d_recipe, linear_recipe
 from ._pooling import avg_recipe, c_pair, max_recipe, usual_windows
-from .ops import avg_pool2d, linear, pool2d
+from .ops import avg_pool2d, layer_norm, linear, pool2d
 from .ops._conv2d_kernels import Recipe
 from .ops._eager import Answer, native
 from .ops._recorded import RECORDERS
@@ -84,6 +84,29 @@ def _resolve_adaptive_avg(input: Tensor, output_size: Any) -> Answer | None:
     what = input.shape, input.stride(), input.dtype, size, chosen("avg_pool2d_fwd")
     return _answer(avg_pool2d.adaptive_recipe(*what), input)
 
+
+def _resolve_layer_norm(
+    input: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> Answer | None:
+    affine = [t for t in (weight, bias) if t is not None]
+    rows = [input] if residual is None else [input, residual]
+    if not shape or input.shape[-len(shape) :] != shape or any(t.shape != shape for t in affine):
+        return None
+    if rows[-1].shape != input.shape or not all(t.is_contiguous() for t in (*rows, *affine)):
+        return None
+    found: layer_norm.Recipe | None = layer_norm.recipe(
+        input.shape, len(shape), input.dtype, eps, *chosen("layer_norm_fwd")
+    )
+    return None if found is None else (found.plan.native, found.y_shape, found.y_strides, None)
+
+
+# Where a gradient is wanted, nobody takes over: the call goes on in Python.
+native.eager_register("layer_norm", _resolve_layer_norm, None)
 
 for _name, _resolver in (
     ("conv2d", _resolve_conv2d),

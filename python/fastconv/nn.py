@@ -111,7 +111,7 @@ class ConvBnAct(torch.nn.Sequential):
     torchvision's blocks.
 
     Args:
-        activation: "relu", "relu6", "silu", "hardswish", "gelu" (the erf form), "sigmoid" or "none".
+        activation: "relu", "relu6", "silu", "hardswish", "gelu" (the erf form), "gelu_tanh", "sigmoid" or "none".
         padding: as `Conv2d` takes it; None: (kernel_size - 1)//2·dilation on every side.
         eps, momentum: the norm's.
     """

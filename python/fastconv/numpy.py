@@ -52,7 +52,7 @@ def conv2d(
     stride, dilation: an int or (height, width), in pixels. padding, in pixels of zeros: an int, (height, width), (top, bottom,
     left, right), "valid" (none), "same" (with stride 1 the result has the size of x; an odd pixel goes to the end) or "SAME",
     TensorFlow's (the same for any stride: the result has ceil(H/stride) rows).
-    activation: "none", "relu", "relu6", "silu", "hardswish", "gelu" (the erf form) or "sigmoid".
+    activation: "none", "relu", "relu6", "silu", "hardswish", "gelu" (the erf form), "gelu_tanh" or "sigmoid".
     threads: at most so many; None: torch's number if torch is imported, else OMP_NUM_THREADS or the cores of this process.
     data_format: "NHWC" for TensorFlow's order: x (N, H, W, C) or (H, W, C), w (R, S, C/groups, K), and residual and result (N, P,
     Q, K) or (P, Q, K). Nothing is copied for it.

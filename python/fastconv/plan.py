@@ -89,13 +89,14 @@ class Plan:
     `NormArgs`, the workspace left out: the compiled module has scratch memory of its own for each thread.
     """
 
-    __slots__ = ("dtype", "kernel", "native", "question", "run", "shapes", "workspace")
+    __slots__ = ("dtype", "kernel", "native", "packed", "question", "run", "shapes", "workspace")
 
     def __init__(self, question: Question, native: _C.Plan, dtype: str, shapes: tuple[Shape, ...]) -> None:
         self.question = question
         self.native = native
         self.kernel = native.kernel
         self.workspace = native.workspace
+        self.packed: tuple[int, int] = native.packed  # see `PackedFilters` in csrc/core/kernel.h
         self.run: Callable[..., None] = native.run_pool2d if "pool" in question[0] else native.run_conv2d
         if question[0].startswith("sdpa"):
             self.run = lambda *addresses: native.run_sdpa(addresses)

@@ -43,12 +43,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": lambda z: z * _sigmoid(z),
     "hardswish": lambda z: z * np.minimum(np.maximum(z + 3.0, 0.0), 6.0) / 6.0,
     "gelu": lambda z: z * 0.5 * (1.0 + _erf(z / math.sqrt(2.0))),
+    # (1 + tanh(u)) / 2 is the sigmoid of 2u.
+    "gelu_tanh": lambda z: z * _sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)),
     "sigmoid": _sigmoid,
 }
 
 
 def activation(z: Input, name: str) -> Array:
-    """``name`` of z, element by element. GELU is the erf form. Raises KeyError for an unknown name."""
+    """``name`` of z, element by element. gelu is the erf form (Hendrycks, Gimpel 2016). Raises KeyError for an unknown name."""
     return ACTIVATIONS[name](np.asarray(z, np.float64))
 
 

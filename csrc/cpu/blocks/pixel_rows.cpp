@@ -298,8 +298,11 @@ void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Contex
   });
 }
 
+// A single pixel uses each filter once, whether it lies packed or not: at 4096 x 4096 both stream from memory at 10.3 GB/s, at
+// 25088 x 4096 at 11.3 as it is and at 10.7 packed. From two pixels on packed filters are the faster, 1.2 times with four.
 template <class T>
 PackedFilters pixel_rows_packed(const Conv2dProblem& a) {
+  if (a.R * a.S == 1 && a.w.c == 1 && a.N * a.P * a.Q == 1) return {};
   const Reduction reduction(a);
   const Shares shares = Shares::of<T>(a, reduction, 1);
   return {kept_panel(reduction, shares, a.groups, 0, 0) * int64_t(sizeof(T)), reduction.whole_rows};

@@ -29,6 +29,9 @@ FC_DEVICE float activate(Activation activation, float x) {
     case Activation::gelu:
       // erfc keeps the digits that 1 + erf loses for negative x.
       return 0.5f * x * erfcf(x * -0.70710678f);
+    case Activation::gelu_tanh:
+      // 1 + tanh(u) is 2 / (1 + exp(-2u)), which loses no digits for negative x.
+      return times_sigmoid(x, x * (1.59576912f + 0.0713548163f * x * x));
     case Activation::sigmoid:
       return times_sigmoid(1, x);
   }

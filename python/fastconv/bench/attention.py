@@ -49,9 +49,13 @@ class Sdpa(Layer):
 
     @property
     def error_bound(self) -> float:
-        """A weighted mean of k values has 1 / sqrt(k) of their size, and the weights are off by the scores' rounding."""
+        """A weighted mean of k values has 1 / sqrt(k) of their size, and the weights are off by the scores' rounding.
+
+        What is stored in a half is rounded: forward the result, backward also the result of the forward pass, which it reads.
+        """
         p = self.problem
-        return 4 * self._sum_bound(p.d + p.v) + self._sum_bound(p.k)
+        roundings = 1 if self.direction == "fwd" else 2
+        return 4 * self._sum_bound(p.d + p.v) + self._sum_bound(p.k) + roundings * self._storing
 
     @cached_property
     def _tensors(self) -> tuple[Tensor, ...]:

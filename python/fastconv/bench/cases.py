@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastconv.functional
-from fastconv.bench.shapes import LinearShape, SdpaShape, Shape, short
+from fastconv.bench.shapes import LinearShape, NormShape, SdpaShape, Shape, short
+from fastconv.ops._dispatch import computed_in
 from fastconv.testing.problems import ConvCase, PoolCase
 
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-DTYPES = {"f32": torch.float32, "f64": torch.float64}
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 POOLS = ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d")
 PASSES = dict.fromkeys(("conv2d", "linear"), ("fwd", "dgrad", "wgrad")) | dict.fromkeys(
-    (*POOLS, "sdpa"), ("fwd", "bwd")
+    (*POOLS, "sdpa", "layer_norm"), ("fwd", "bwd")
 )
 """Public op to the passes it can be timed in."""
 
@@ -94,6 +95,10 @@ class Case(ABC):
         """torch.compile's contestant. NotImplementedError where there is nothing to compile."""
         raise NotImplementedError(f"torch.compile is not timed on {self.op} {self.direction}")
 
+    def engine_call(self, engine: str, threads: int) -> Call:
+        """The contestant of one of ``engines.ENGINES``. NotImplementedError for all but whole networks in f32."""
+        raise NotImplementedError(f"{engine} is not timed on {self.op} {self.direction}")
+
     @cached_property
     @abstractmethod
     def truth(self) -> Tensor:
@@ -131,7 +136,13 @@ class Case(ABC):
 
     def _sum_bound(self, terms: int) -> float:
         """Rounding of a plain sum of random terms walks to 0.2·eps·√terms of the sum; five times that is a fault."""
-        return float(torch.finfo(DTYPES[self.dtype]).eps) * (2 + math.sqrt(terms))
+        return float(torch.finfo(computed_in(DTYPES[self.dtype])).eps) * (2 + math.sqrt(terms))
+
+    @property
+    def _storing(self) -> float:
+        """Rounding of what is stored in a half, which is computed in float32: at most half a unit in the last place."""
+        stored = DTYPES[self.dtype]
+        return 0.0 if computed_in(stored) is stored else float(torch.finfo(stored).eps) / 2
 
 
 @dataclass
@@ -402,4 +413,8 @@ def make(op: str, shape: Shape, direction: str, **common: Any) -> Case:
         from fastconv.bench.attention import Sdpa
 
         return Sdpa(op, direction, **common, problem=shape)
+    if isinstance(shape, NormShape):
+        from fastconv.bench.norms import LayerNorm
+
+        return LayerNorm(op, direction, **common, problem=shape)
     return Linear(op, direction, **common, problem=shape)

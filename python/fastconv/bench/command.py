@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 targets:
-  conv2d | linear | sdpa | max_pool2d | avg_pool2d | adaptive_avg_pool2d | adaptive_max_pool2d | pool (both plain kinds)
+  conv2d | linear | sdpa | layer_norm | max_pool2d | avg_pool2d | adaptive_avg_pool2d | adaptive_max_pool2d
+  pool                  both plain kinds
   resnet50 …            every distinct layer of a model, with how often it occurs
-  model resnet50 …      the whole converted model; with --train a training step (forward, backward, SGD)
+  model resnet50 …      the whole converted model (gpt2 and bert_base too, on 128 tokens); with --train a training step
+                        (forward, backward, SGD)
   call                  what a call on a tiny problem costs
   readme                rewrite the results table of a README from a JSON file (fastconv bench readme --help)
 
@@ -32,6 +34,8 @@ examples:
   fastconv bench conv2d --shape n1c64h56k64r3p1 --threads 1,2 --layout nhwc --algorithms all
   fastconv bench resnet50 --batch 1,8 --pass fwd,dgrad,wgrad --json resnet50.json
   fastconv bench model resnet18 --train --batch 8
+  fastconv bench sdpa --dtype bf16
+  fastconv bench model vit_b_16 gpt2 bert_base --fuse
   fastconv bench mobilenet_v2 --all-algorithms --peers none
 """
 
@@ -58,6 +62,7 @@ _DEFAULT_SHAPES = {
         "h12q1k4096d64",
         "h32g8q1k4096d128",
     ),
+    "layer_norm": ("m1c768", "m16c64", "m197c768", "m512c1024", "m3136c96", "m4096c4096"),
     "max_pool2d": ("c64h112r3u2p1", "c64h224r2"),
     "avg_pool2d": ("c64h112r3u2p1", "c128h56r2"),
     "adaptive_avg_pool2d": ("c2048h7a1", "c512h14a7"),
@@ -127,9 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--isa", type=_names(), default=("auto",), help="auto, or targets such as avx2,avx512 (auto)")
     parser.add_argument(
         "--peers",
-        type=_names("torch", "torch_channels_last", "compile", "none"),
+        type=_names("torch", "torch_channels_last", "compile", "openvino", "onnxruntime", "none"),
         default=("torch", "torch_channels_last"),
-        help="torch, torch_channels_last, compile, or none (the first two)",
+        help="torch, torch_channels_last, compile, none; openvino and onnxruntime for whole models (the first two)",
     )
     parser.add_argument(
         "--pass", dest="directions", type=_names("fwd", "dgrad", "wgrad", "bwd"), help="fwd (default), …"
@@ -138,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("f32", "f64", "bf16", "f16"),
         default="f32",
-        help="default f32; halves are for --device cuda",
+        help="default f32; halves are for sdpa and for --device cuda",
     )
     parser.add_argument("--train", action="store_true", help="with 'model': a training step")
     parser.add_argument("--fuse", action="store_true", help="with 'model': fastconv's weights frozen by fastconv.fuse")
@@ -181,8 +186,10 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
         from fastconv.bench import gpu
 
         return gpu.run(args, words)
-    if not args.targets or args.dtype in ("bf16", "f16"):
-        raise UsageError("expected a target, and f32 or f64: see fastconv bench --help")
+    if not args.targets:
+        raise UsageError("expected a target: see fastconv bench --help")
+    if args.dtype in ("bf16", "f16") and set(args.targets) != {"sdpa"}:
+        raise UsageError(f"--dtype {args.dtype} is for sdpa and --device cuda alone, got {' '.join(args.targets)}")
     import fastconv
     from fastconv.bench import context, peaks
     from fastconv.bench.report import Reporter
@@ -275,6 +282,7 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
     """(name of the run, case) for everything the command line asks for."""
     from fastconv.bench.calls import call_cases
     from fastconv.bench.networks import Network, layer_cases
+    from fastconv.bench.texts import LENGTHS, TextNetwork
     from fastconv.models import names
 
     targets = list(args.targets)
@@ -286,12 +294,15 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
         )
     if targets[0] == "model":
         for model in targets[1:] or ["resnet50"]:
-            if model not in known:
-                raise UsageError(f"no model named {model!r}, expected some of {', '.join(known)}")
+            if model not in (*known, *LENGTHS):
+                raise UsageError(f"no model named {model!r}, expected some of {', '.join([*known, *LENGTHS])}")
+            if model in LENGTHS and args.train:
+                raise UsageError(f"--train is for networks for images, got {model}")
             for batch in args.batch or (8 if args.train else 1,):
                 direction = "train" if args.train else "infer"
                 options = {"model": model, "batch": batch, "fused": args.fuse}
-                network = Network("model", direction, args.dtype, args.seed, **options)
+                kind = TextNetwork if model in LENGTHS else Network
+                network = kind("model", direction, args.dtype, args.seed, **options)
                 found.append((f"{model} n{batch}", network))
         return found
     for target in targets:
@@ -303,7 +314,8 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
                 cases = layer_cases(target, [batch], args.directions or ("fwd",), args.dtype, args.seed)
                 found += [(f"{target} n{batch}", case) for case in cases]
         else:
-            found += [(target, case) for case in _op_cases(target, args)]
+            run = target if args.dtype in ("f32", "f64") else f"{target} {args.dtype}"
+            found += [(run, case) for case in _op_cases(target, args)]
     found = [(run, case) for run, case in found if re.search(args.only, case.name)]
     if not found:
         raise UsageError("nothing to run: no shape matches")
@@ -312,7 +324,7 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
 
 def _op_cases(target: str, args: argparse.Namespace) -> list[Case]:
     from fastconv.bench.cases import PASSES, POOLS, make
-    from fastconv.bench.shapes import Shape, batched, parse_conv, parse_linear, parse_pool, parse_sdpa
+    from fastconv.bench.shapes import Shape, batched, parse_conv, parse_linear, parse_norm, parse_pool, parse_sdpa
     from fastconv.models import names
 
     if target == "pool":
@@ -321,7 +333,9 @@ def _op_cases(target: str, args: argparse.Namespace) -> list[Case]:
         raise UsageError(
             f"no op or model named {target!r}, expected {', '.join(PASSES)}, pool, call or {', '.join(names())}"
         )
-    parsers: dict[str, Callable[[str], Shape]] = {"conv2d": parse_conv, "linear": parse_linear, "sdpa": parse_sdpa}
+    parsers: dict[str, Callable[[str], Shape]] = {
+        "conv2d": parse_conv, "linear": parse_linear, "sdpa": parse_sdpa, "layer_norm": parse_norm
+    }  # fmt: skip
     parse = parsers.get(target, parse_pool)
     try:
         shapes: list[Shape] = [parse(text) for text in args.shape or _DEFAULT_SHAPES[target]]

@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
 from fastconv import models
 from fastconv.bench.cases import DTYPES, MEMORY_FORMATS, PASSES, Call, Case, make
+from fastconv.bench.engines import ENGINES
 from fastconv.bench.shapes import LinearShape, Shape, batched
 from fastconv.commands.twins import calibrate_batch_norm
 from fastconv.plan import OPS
@@ -33,7 +35,7 @@ def layer_cases(model: str, batches: Sequence[int], directions: Sequence[str], d
     ``fwd`` takes all of them; the gradients take convolutions and Linear (dgrad, wgrad) and pools (bwd).
     """
     distinct: dict[tuple[str, Shape], list[str]] = {}
-    for op, shape, label in _layers(model):
+    for op, shape, label in layers(model):
         distinct.setdefault((op, shape), []).append(label)
     image = next(iter(distinct))  # whose gradient nobody asks for
     order = sorted(distinct, key=lambda layer: list(PASSES).index(layer[0]))
@@ -46,7 +48,7 @@ def layer_cases(model: str, batches: Sequence[int], directions: Sequence[str], d
     ]
 
 
-def _layers(model: str) -> list[tuple[str, Shape, str]]:
+def layers(model: str) -> list[tuple[str, Shape, str]]:
     """(op, shape, name) of each convolution, pool and Linear in the order they run, for one sample, on meta."""
     spec, found = models.spec(model), []
     with torch.device("meta"):
@@ -112,6 +114,14 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def counted_flops(network: nn.Module, x: Tensor) -> float:
+    """Operations of a forward pass, of convolutions and matrix products, on meta."""
+    # With gradients, because torch's shortcut through a whole attention layer, which it takes without, is not counted.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        network(x)
+    return float(counter.get_total_flops())
+
+
 @dataclass
 class Network(Case):
     """A whole model. ``direction`` is ``infer`` (eval mode, no gradients) or ``train`` (forward, backward, SGD step).
@@ -144,8 +154,11 @@ class Network(Case):
 
     @cached_property
     def flops(self) -> float:
-        """Those of the convolutions and Linear layers; a training step is taken as three forwards."""
-        forward = sum(case.flops * case.count for case in layer_cases(self.model, [self.batch], ["fwd"], self.dtype, 0))
+        """Those of convolutions and matrix products; a training step is taken as three forwards."""
+        spec = models.spec(self.model)
+        with torch.device("meta"):
+            network = models.create(self.model, layers=nn).eval()
+            forward = counted_flops(network, torch.empty(self.batch, spec.in_channels, *spec.input_size))
         return forward * (3 if self.direction == "train" else 1)
 
     @property
@@ -168,7 +181,8 @@ class Network(Case):
         """The network on torch's layers with calibrated statistics, an input and class labels."""
         spec = models.spec(self.model)
         torch.manual_seed(self.seed)
-        network = models.create(self.model, layers=nn).to(DTYPES[self.dtype])
+        # Well conditioned: a fresh ViT's logits are all 0, which any wrong network would agree with.
+        network = models.create(self.model, layers=nn, **spec.well_conditioned).to(DTYPES[self.dtype])
         x = self._random(self.batch, spec.in_channels, *spec.input_size, key=1)
         calibrate_batch_norm(network, x)
         network.eval()
@@ -201,6 +215,12 @@ class Network(Case):
 
     def compiled_call(self, layout: str) -> Call:
         return self._contestant(layout, lambda twin: cast(nn.Module, torch.compile(twin)))
+
+    def engine_call(self, engine: str, threads: int) -> Call:
+        if self.direction == "train" or self.dtype != "f32":
+            return super().engine_call(engine, threads)
+        network, x, _ = self._parts
+        return ENGINES[engine](copy.deepcopy(network), x, threads)
 
     def checked(self, call: Call) -> Tensor:
         """Logits, or all gradients of the first step in one vector."""

@@ -32,11 +32,15 @@ def with_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+# What halves are computed in.
+_COMPUTED = {"bf16": "f32", "f16": "f32"}
+
+
 def fma_probe(target: str, dtype: str, threads: int) -> Probe:
     """GFLOP/s of fused multiply-adds, all threads together."""
 
     def measure() -> float:
-        return float(fastconv._C.fma_peak(target, dtype, threads, _PROBE_S))
+        return float(fastconv._C.fma_peak(target, _COMPUTED.get(dtype, dtype), threads, _PROBE_S))
 
     return Probe(f"fma {target} {threads}", measure, lambda: with_threads(threads))
 
@@ -63,6 +67,7 @@ def copy_probe(moved: int, threads: int) -> Probe:
 
 def measure(threads: Sequence[int], dtype: str) -> list[dict[str, Any]]:
     """The ceilings outside any match, for each thread count and each instruction set that runs here."""
+    dtype = _COMPUTED.get(dtype, dtype)
     found: list[dict[str, Any]] = []
     for count in threads:
         with with_threads(count):

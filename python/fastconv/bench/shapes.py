@@ -5,6 +5,7 @@
     pools        n1c64h112w112r3s3u2p1        as above, without filters and groups; +ceil, +exclude_pad, +div9
     adaptive     n1c2048h7w7a1x1              the output's size
     linear       m197i768o3072                rows, input features, output features
+    layer_norm   m197c768                     rows, numbers of a row
     sdpa         n1h16q2048d64+causal         heads, queries, features; g heads of keys, k keys, v features of values
 
 These are the ids of ``fastconv.testing.problems`` with everything optional that has an obvious value: n, u, d, g are 1,
@@ -37,6 +38,17 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class NormShape:
+    """m rows of c numbers."""
+
+    m: int
+    c: int
+
+    def __str__(self) -> str:
+        return f"m{self.m}c{self.c}"
+
+
+@dataclass(frozen=True)
 class SdpaShape:
     """n batch elements of h heads of q queries and g heads of k keys, with d features and v of a value."""
 
@@ -57,7 +69,7 @@ class SdpaShape:
         return "".join(f"{letter}{number}" for letter, number in fields.items()) + "+causal" * self.causal
 
 
-Shape = ConvCase | PoolCase | LinearShape | SdpaShape
+Shape = ConvCase | PoolCase | LinearShape | NormShape | SdpaShape
 
 AnyCase = TypeVar("AnyCase", ConvCase, PoolCase)
 
@@ -103,6 +115,12 @@ def parse_linear(text: str) -> LinearShape:
     return LinearShape(int(fields.get("m", "1")), int(fields["i"]), int(fields["o"]))
 
 
+def parse_norm(text: str) -> NormShape:
+    """``m197c768`` to a NormShape."""
+    fields, _ = _split(text, known="mc", needed="c")
+    return NormShape(int(fields.get("m", "1")), int(fields["c"]))
+
+
 def parse_sdpa(text: str) -> SdpaShape:
     """``h16q2048d64+causal`` to an SdpaShape."""
     fields, extras = _split(text, known="nhgqkdv", needed="hqd")
@@ -118,7 +136,7 @@ def parse_sdpa(text: str) -> SdpaShape:
 
 def short(shape: Shape) -> str:
     """The shortest string that parses back to the same problem: what has its default value is left out, but for n."""
-    if isinstance(shape, (LinearShape, SdpaShape)):
+    if isinstance(shape, (LinearShape, NormShape, SdpaShape)):
         return str(shape)
     body, _, extras = str(shape).partition("-nchw")
     fields: dict[str, str] = dict(_FIELD.findall(body))
@@ -131,8 +149,8 @@ def short(shape: Shape) -> str:
 
 
 def batched(shape: Shape, n: int) -> Shape:
-    """The same problem for ``n`` samples; a linear's rows are those of one sample."""
-    if isinstance(shape, LinearShape):
+    """The same problem for ``n`` samples; a linear's rows, and a norm's, are those of one sample."""
+    if isinstance(shape, (LinearShape, NormShape)):
         return replace(shape, m=n * shape.m)
     if isinstance(shape, SdpaShape):
         return replace(shape, n=n)

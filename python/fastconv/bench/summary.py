@@ -42,8 +42,8 @@ class Row:
 
     @property
     def layout(self) -> str:
-        """``nchw`` or ``nhwc``; empty for a Linear and attention, which have but one."""
-        return "" if self.match["op"] in ("linear", "sdpa") else str(self.entry["layout"])
+        """``nchw`` or ``nhwc``; empty for a Linear, attention and layer norm, which have but one."""
+        return "" if self.match["op"] in ("linear", "sdpa", "layer_norm") else str(self.entry["layout"])
 
     @property
     def threads(self) -> int:

@@ -1,4 +1,4 @@
-"""A convolution whose weights do not change any more."""
+"""A convolution and a linear layer whose weights do not change any more."""
 
 from __future__ import annotations
 
@@ -71,3 +71,37 @@ class FrozenConv2d(torch.nn.Module):
     def extra_repr(self) -> str:
         K, C, R, S = self.weight.shape
         return f"{C * self.groups}, {K}, kernel_size=({R}, {S}), stride={self.stride}, activation={self.activation}"
+
+
+class FrozenLinear(torch.nn.Module):
+    """activation(linear(x) + residual) in one call of a kernel, with the filters that the kernel packs kept here.
+
+    ``weight`` (O, I) and ``bias`` (O) or None share the memory of what is given; they are buffers that no state_dict shows.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        super().__init__()
+        self.activation = activation
+        # As above: no tensors made in inference mode.
+        with torch.inference_mode(False):
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self._packed = PackedFilters()
+        self.eval()
+
+    @classmethod
+    def of(cls, layer: torch.nn.Linear, activation: str = "none") -> FrozenLinear:
+        """A layer's weight and bias, and the activation behind it."""
+        return cls(layer.weight, layer.bias, activation)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., I) to (..., O); ``residual`` is what can be added to the result."""
+        return _fused.frozen_linear(input, self.weight, self.bias, self._packed, residual, self.activation)
+
+    def extra_repr(self) -> str:
+        O, I = self.weight.shape
+        return f"{I}, {O}, bias={self.bias is not None}, activation={self.activation}"

@@ -106,8 +106,9 @@ def cloned(module: Module, seen: dict[Module, Module] | None = None) -> Module:
 def fuse(model: Module) -> Fused:
     """A model that computes what `model` does in eval mode, with its weights frozen; `model` itself is left as it is.
 
-    BatchNorms are folded into the convolutions before them. Their activation (relu, relu6, silu, hardswish, gelu, sigmoid) and an
-    addition before it are done by the convolution's kernel, torch.nn's layers are taken as fastconv's, and dropout is left out.
+    BatchNorms are folded into the convolutions before them. The activation behind a convolution or a linear layer (relu, relu6,
+    silu, hardswish, gelu in both forms, sigmoid) and an addition before it are done by its kernel, which finds the weights in
+    its own order. torch.nn's layers are taken as fastconv's, and dropout is left out.
     The parts are found with torch.fx. A module that it cannot follow keeps its own forward, and each module in it is tried by
     itself. Where a forward has optional arguments it is not followed, because a trace would hold for one choice of them; what
     else a trace cannot see (a branch on the input's type, a random number) is as torch.fx documents it.

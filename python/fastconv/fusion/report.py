@@ -12,14 +12,15 @@ from fastconv.conversion import Kept
 class Report:
     """What was fused, and what was not.
 
-    ``frozen`` names the convolutions that run with frozen weights, ``norms`` and ``residuals`` those of them that took over a
-    BatchNorm and an addition, and ``activations`` counts what they do behind that. ``left`` lists convolutions, norms, and
-    activations after convolutions that are as they were; ``untraced`` the modules that torch.fx could not follow, whose parts
-    were fused by themselves.
+    ``frozen`` names the convolutions and ``linears`` the linear layers that run with frozen weights, ``norms`` and ``residuals``
+    those of them that took over a BatchNorm and an addition, and ``activations`` counts what they do behind that. ``left`` lists
+    such layers, norms, and activations after them that are as they were; ``untraced`` the modules that torch.fx could not follow,
+    whose parts were fused by themselves.
     """
 
     model: str
     frozen: list[str] = field(default_factory=list)
+    linears: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     activations: Counter[str] = field(default_factory=Counter)
     residuals: list[str] = field(default_factory=list)
@@ -29,7 +30,10 @@ class Report:
     @property
     def summary(self) -> str:
         """The counts in one line."""
-        parts = [f"{_counted(len(self.frozen), 'convolution')} frozen", f"{_counted(len(self.norms), 'norm')} folded"]
+        counts = {"convolution": len(self.frozen), "linear layer": len(self.linears)}
+        parts = [f"{_counted(count, what)} frozen" for what, count in counts.items() if count] or ["nothing frozen"]
+        if self.norms or self.frozen:
+            parts.append(f"{_counted(len(self.norms), 'norm')} folded")
         parts += [f"{count} {name}" for name, count in sorted(self.activations.items())]
         if self.residuals:
             parts.append(_counted(len(self.residuals), "residual addition"))

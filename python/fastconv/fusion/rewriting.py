@@ -1,4 +1,6 @@
-"""Finds convolutions in a torch.fx graph together with the norm, addition and activation behind them, and makes each one call."""
+"""Finds convolutions and linear layers in a torch.fx graph together with the norm, addition and activation behind them, and makes
+each one call.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +17,16 @@ from torch.nn.modules import activation, batchnorm, dropout
 from torch.nn.utils import parametrize
 
 from fastconv import nn
-from fastconv._folding import activation_of, why_not_folded
+from fastconv._folding import activation_called, activation_of, why_not_folded
 from fastconv.conversion import Kept
-from fastconv.fusion.frozen import FrozenConv2d
+from fastconv.fusion.frozen import FrozenConv2d, FrozenLinear
 from fastconv.fusion.report import Report
 
-_ACTIVATION_CALLS: dict[Any, str] = {
-    F.relu: "relu",
-    F.relu_: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-    F.gelu: "gelu",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    torch.sigmoid_: "sigmoid",
-    "relu": "relu",
-    "relu_": "relu",
-    "sigmoid": "sigmoid",
-    "sigmoid_": "sigmoid",
-}
 _DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+# What can be frozen, and what it becomes.
+LAYERS = (torch.nn.Conv2d, torch.nn.Linear, nn.ConvBnAct)
+_FROZEN = (FrozenConv2d, FrozenLinear)
+
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ADDITIONS_IN_PLACE = (operator.iadd, "add_")
 
@@ -50,24 +39,31 @@ def hooked(module: Module) -> bool:
 
 def why_not_frozen(layer: Module) -> str:
     """Why this layer is not frozen; "" where it can be."""
-    if any(_special(part) for part in layer.modules()):
+    if any(special(part) for part in layer.modules()):
         return "it has hooks, parametrizations or a forward of its own"
     if isinstance(layer, nn.ConvBnAct):
         return why_not_folded(layer.norm)
-    return "" if type(layer) in (torch.nn.Conv2d, nn.Conv2d) else "it is no Conv2d, or a subclass"
+    return "" if type(layer) in _EXACTLY else f"it is a subclass of {_kind(layer)}"
+
+
+_EXACTLY = (torch.nn.Conv2d, nn.Conv2d, torch.nn.Linear, nn.Linear)
+
+
+def _kind(layer: Module) -> str:
+    return "Conv2d" if isinstance(layer, torch.nn.Conv2d) else "Linear"
 
 
 def rewrite(root: Module, graph: Graph, name: str, report: Report) -> GraphModule:
-    """The graph of ``root``, called ``name`` in the model, with frozen convolutions; what was done is added to the report."""
+    """The graph of ``root``, called ``name`` in the model, with frozen layers; what was done is added to the report."""
     return _Rewriting(root, graph, name, report).run()
 
 
 @dataclass
 class _Chain:
-    """A convolution and what its kernel takes over: nodes that are used by nothing but the next."""
+    """A layer and what its kernel takes over: nodes that are used by nothing but the next."""
 
     nodes: list[Node]
-    layer: torch.nn.Conv2d
+    layer: torch.nn.Conv2d | torch.nn.Linear
     norm: torch.nn.BatchNorm2d | None = None
     activation: str = "none"
     residual: Node | None = None
@@ -81,14 +77,14 @@ class _Rewriting:
     def __init__(self, root: Module, graph: Graph, name: str, report: Report) -> None:
         self.root, self.graph, self.report, self.prefix = root, graph, report, f"{name}." if name else ""
         self.modules: dict[str, Module] = dict(root.named_modules(remove_duplicate=False))
-        self.frozen: dict[str, FrozenConv2d] = {}
+        self.frozen: dict[str, FrozenConv2d | FrozenLinear] = {}
         self.names: dict[tuple[Any, ...], str] = {}
 
     def run(self) -> GraphModule:
         for node in list(self.graph.nodes):
             self._drop(node)
         for node in list(self.graph.nodes):
-            if isinstance(self._module(node), (torch.nn.Conv2d, nn.ConvBnAct)):
+            if isinstance(self._module(node), LAYERS):
                 self._freeze(node)
         for node in self.graph.nodes:
             self._list_if_left(node)
@@ -115,7 +111,7 @@ class _Rewriting:
         """Takes out what does nothing in eval mode."""
         module = self._module(node)
         if isinstance(module, (dropout._DropoutNd, torch.nn.Identity)):
-            nothing = not module.training and not _special(module)
+            nothing = not module.training and not special(module)
         else:
             # torchvision's stochastic depth is a function that torch.fx does not look into; torchvision need not be there.
             name = getattr(node.target, "__name__", "")
@@ -134,7 +130,7 @@ class _Rewriting:
             return
         chain = self._chain(node)
         args = (node.args[0],) if chain.residual is None else (node.args[0], chain.residual)
-        # Where nothing is added, the call stays where the convolution was: its input may be written to later.
+        # Where nothing is added, the call stays where the layer was: its input may be written to later.
         with self.graph.inserting_before(node if chain.residual is None else chain.last):
             call = self.graph.call_module(self._frozen(chain), args)
         chain.last.replace_all_uses_with(call)
@@ -143,7 +139,7 @@ class _Rewriting:
         self._count(chain)
 
     def _why_not(self, node: Node) -> str:
-        """Why the convolution of a node is left as it is; "" where it is frozen."""
+        """Why the layer of a node is left as it is; "" where it is frozen."""
         if not isinstance(node.args[0] if node.args else None, Node):
             return "its input is passed by keyword"
         module = self._module(node)
@@ -159,7 +155,7 @@ class _Rewriting:
                 chain.residual = given[0]  # type: ignore[assignment]
                 return chain
         else:
-            assert isinstance(module, torch.nn.Conv2d)
+            assert isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))
             chain = _Chain([node], module)
             self._take_norm(chain)
         if chain.activation == "none":
@@ -168,9 +164,11 @@ class _Rewriting:
         return chain
 
     def _take_norm(self, chain: _Chain) -> None:
+        if not isinstance(chain.layer, torch.nn.Conv2d):
+            return  # behind a linear layer, BatchNorm1d means other channels for every rank of its input
         user = _only_user(chain.last)
         module = None if user is None else self._module(user)
-        if user is None or not isinstance(module, torch.nn.BatchNorm2d) or _special(module) or why_not_folded(module):
+        if user is None or not isinstance(module, torch.nn.BatchNorm2d) or special(module) or why_not_folded(module):
             return
         chain.norm = module
         chain.nodes.append(user)
@@ -203,32 +201,29 @@ class _Rewriting:
     def _activation(self, node: Node) -> str | None:
         module = self._module(node)
         if module is not None:
-            return None if _special(module) else activation_of(module)
-        if node.op not in ("call_function", "call_method") or set(node.kwargs) - {"inplace"}:
-            return None
-        return _ACTIVATION_CALLS.get(node.target)
+            return None if special(module) else activation_of(module)
+        return activation_called(node.target, node.kwargs) if node.op in ("call_function", "call_method") else None
 
     def _is_fresh(self, node: Node) -> bool:
         """Whether nothing but its one user sees the memory of a node's result."""
-        made_anew = torch.nn.Conv2d, batchnorm._BatchNorm, FrozenConv2d
+        made_anew = torch.nn.Conv2d, torch.nn.Linear, batchnorm._BatchNorm, *_FROZEN
         return isinstance(self._module(node), made_anew) and _only_user(node) is not None
 
     def _ends_later_chain(self, node: Node, than: Node) -> bool:
-        """Whether a convolution that runs after ``than`` could add something to its result, ``node``."""
-        conv = node
+        """Whether a layer that runs after ``than`` could add something to its result, ``node``."""
+        layer = node
         if isinstance(self._module(node), torch.nn.BatchNorm2d) and node.all_input_nodes:
-            conv = node.all_input_nodes[0]
-        module = self._module(conv)
-        if not isinstance(module, (torch.nn.Conv2d, nn.ConvBnAct)) or self._why_not(conv) or conv not in _after(than):
+            layer = node.all_input_nodes[0]
+        if not isinstance(self._module(layer), LAYERS) or self._why_not(layer) or layer not in _after(than):
             return False
-        reached = self._chain_before_addition(conv)
+        reached = self._chain_before_addition(layer)
         return reached is node and _only_user(node) is not None
 
-    def _chain_before_addition(self, conv: Node) -> Node | None:
-        module = self._module(conv)
+    def _chain_before_addition(self, layer: Node) -> Node | None:
+        module = self._module(layer)
         if isinstance(module, nn.ConvBnAct):
-            return conv if module.activation == "none" and len(conv.args) + len(conv.kwargs) == 1 else None
-        chain = _Chain([conv], module)  # type: ignore[arg-type]
+            return layer if module.activation == "none" and len(layer.args) + len(layer.kwargs) == 1 else None
+        chain = _Chain([layer], module)  # type: ignore[arg-type]
         self._take_norm(chain)
         return chain.last
 
@@ -237,8 +232,8 @@ class _Rewriting:
         if node.op == "call_module":
             module = self._module(node)
             assert module is not None
-            known = isinstance(module, FrozenConv2d) or type(module).__module__.startswith(("torch.nn.", "fastconv.nn"))
-            return not known or _special(module) or bool(getattr(module, "inplace", False))
+            known = isinstance(module, _FROZEN) or type(module).__module__.startswith(("torch.nn.", "fastconv.nn"))
+            return not known or special(module) or bool(getattr(module, "inplace", False))
         if node.op in ("call_function", "call_method"):
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
             in_place = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", *_IN_PLACE_OPERATORS)
@@ -253,12 +248,16 @@ class _Rewriting:
         key = id(chain.layer), id(chain.norm), chain.activation
         if key not in self.names:
             self.names[key] = f"frozen_{len(self.names)}.{target}"
-            self.frozen[self.names[key]] = FrozenConv2d(chain.layer, chain.norm, chain.activation)
+            self.frozen[self.names[key]] = (
+                FrozenConv2d(chain.layer, chain.norm, chain.activation)
+                if isinstance(chain.layer, torch.nn.Conv2d)
+                else FrozenLinear.of(chain.layer, chain.activation)
+            )
         return self.names[key]
 
     def _count(self, chain: _Chain) -> None:
         name = self.prefix + str(chain.nodes[0].target)
-        self.report.frozen.append(name)
+        (self.report.frozen if isinstance(chain.layer, torch.nn.Conv2d) else self.report.linears).append(name)
         if chain.norm is not None:
             self.report.norms.append(name)
         if chain.residual is not None:
@@ -274,7 +273,7 @@ class _Rewriting:
         before = self._module(node.all_input_nodes[0]) if node.all_input_nodes else None
         if isinstance(module, batchnorm._NormBase):
             self._leave(node, why_not_folded(module) or "there is no convolution before it that nothing else uses")
-        elif isinstance(before, FrozenConv2d) and type(module).__module__ == activation.__name__:
+        elif isinstance(before, _FROZEN) and type(module).__module__ == activation.__name__:
             named = module is not None and activation_of(module)
             self._leave(
                 node, "what it is given has other uses" if named else "the kernels' epilogue has no such activation"
@@ -284,7 +283,7 @@ class _Rewriting:
 _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 
-def _special(module: Module) -> bool:
+def special(module: Module) -> bool:
     """Whether calling a layer is more than the layer."""
     return hooked(module) or "forward" in vars(module) or parametrize.is_parametrized(module)
 

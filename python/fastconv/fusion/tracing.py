@@ -12,13 +12,23 @@ from torch.nn.modules import batchnorm
 
 from fastconv import nn
 from fastconv.conversion import Kept
-from fastconv.fusion.frozen import FrozenConv2d
+from fastconv.fusion.attention import freeze_attention, freeze_feed_forward
+from fastconv.fusion.frozen import FrozenConv2d, FrozenLinear
 from fastconv.fusion.report import Report
-from fastconv.fusion.rewriting import hooked, rewrite, why_not_frozen
+from fastconv.fusion.rewriting import LAYERS, hooked, rewrite, why_not_frozen
 
-_LAYERS: tuple[type[Module], ...] = tuple(getattr(nn, name) for name in nn.__all__)
+_OURS: tuple[type[Module], ...] = tuple(getattr(nn, name) for name in nn.__all__)
 # They hold modules and compute nothing.
 _LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
+# Layers of torch.nn that call the modules they are made of.
+_COMPOSED = (
+    torch.nn.Transformer,
+    torch.nn.TransformerEncoder,
+    torch.nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoder,
+    torch.nn.TransformerDecoderLayer,
+)
+_HOLLOW = (torch.nn.MultiheadAttention, *_COMPOSED)
 
 
 def freeze(module: Module, name: str, report: Report) -> None:
@@ -29,8 +39,15 @@ def freeze(module: Module, name: str, report: Report) -> None:
                 Kept(name, type(module).__name__, "its forward is its own, set on the object or compiled")
             )
         return
-    if isinstance(module, (torch.nn.Conv2d, nn.ConvBnAct)):
+    if isinstance(module, LAYERS):
         _freeze_layer(module, name, report)
+        return
+    if isinstance(module, torch.nn.MultiheadAttention):
+        freeze_attention(module, name, report)
+        return
+    if isinstance(module, _COMPOSED):
+        freeze_feed_forward(module, name, report)
+        _freeze_children(module, name, report)
         return
     if _is_layer(module):
         if isinstance(module, batchnorm._NormBase):
@@ -45,23 +62,34 @@ def freeze(module: Module, name: str, report: Report) -> None:
         ) as error:  # forward is anybody's code, which may fail in any way when it is given no real tensors
             reason = f"{type(error).__name__}: {(str(error).strip() or 'without a message').splitlines()[0]}"
         else:
-            _freeze_leaves(graph, module, name, report)
+            leaves = _leaves(graph, module)
             frozen = rewrite(module, graph, name, report)
+            for target, leaf in leaves.items():
+                freeze(leaf, f"{name}.{target}" if name else target, report)
             # Set past Module.__setattr__, which would make it a child: the tree stays as the model's own code expects it.
             module.__dict__["forward"] = frozen.forward
             return
     if reason:
         report.untraced.append(Kept(name, type(module).__name__, reason))
+    _freeze_children(module, name, report)
+
+
+def _freeze_children(module: Module, name: str, report: Report) -> None:
     for key, child in module.named_children():
         freeze(child, f"{name}.{key}" if name else key, report)
 
 
-def _freeze_layer(layer: torch.nn.Conv2d | nn.ConvBnAct, name: str, report: Report) -> None:
-    """A convolution whose neighbours are not known."""
+def _freeze_layer(layer: Module, name: str, report: Report) -> None:
+    """A convolution or linear layer whose neighbours are not known."""
     reason = why_not_frozen(layer)
     if reason:
         report.left.append(Kept(name, type(layer).__name__, reason))
         return
+    if isinstance(layer, torch.nn.Linear):
+        layer.__dict__["forward"] = FrozenLinear.of(layer).forward
+        report.linears.append(name)
+        return
+    assert isinstance(layer, (torch.nn.Conv2d, nn.ConvBnAct))
     layer.__dict__["forward"] = FrozenConv2d.of(layer).forward
     report.frozen.append(name)
     if isinstance(layer, nn.ConvBnAct):
@@ -78,7 +106,7 @@ class _Follower(Tracer):
 
 def _is_layer(module: Module) -> bool:
     """Whether this is a layer, torch's or ours, and not made of others."""
-    if isinstance(module, _LAYERS):
+    if isinstance(module, _OURS):
         return True
     kind = type(module)
     return kind.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
@@ -86,13 +114,11 @@ def _is_layer(module: Module) -> bool:
     )
 
 
-def _freeze_leaves(graph: Graph, module: Module, name: str, report: Report) -> None:
-    """Modules with hooks that are made of others: each by itself."""
-    targets = {node.target for node in graph.nodes if node.op == "call_module"}
-    for target in sorted(str(target) for target in targets):
-        leaf = module.get_submodule(target)
-        if not _is_layer(leaf):
-            freeze(leaf, f"{name}.{target}" if name else target, report)
+def _leaves(graph: Graph, module: Module) -> dict[str, Module]:
+    """Modules that the graph calls and that are made of others: each is frozen by itself."""
+    targets = sorted({str(node.target) for node in graph.nodes if node.op == "call_module"})
+    leaves = {target: module.get_submodule(target) for target in targets}
+    return {target: leaf for target, leaf in leaves.items() if isinstance(leaf, _HOLLOW) or not _is_layer(leaf)}
 
 
 def _why_not(module: Module) -> str:

@@ -23,7 +23,7 @@ class PackedFilters:
 
     def get(self, plan: Plan, w: Tensor) -> Tensor | None:
         """Bytes in the order of the plan's kernel, or None where it reads w as it is."""
-        size, arrangement = plan.native.packed
+        size, arrangement = plan.packed
         if size == 0:
             return None
         weight = w.data_ptr(), 0 if w.is_inference() else w._version

@@ -34,7 +34,7 @@ _forced = plan.forced.get
 
 
 @plan.cached
-def _plan(
+def make_plan(
     op: str,
     rows: int,
     inputs: int,
@@ -45,13 +45,16 @@ def _plan(
     threads: int,
     force: str,
     strict: bool,
+    residual: bool = False,
+    activation: str = "none",
+    frozen: bool = False,
 ) -> plan.Plan | None:
     if not (rows and inputs and outputs):
         return None
     x, w, y = (rows, inputs, 1, 1), (outputs, inputs, 1, 1), (rows, outputs, 1, 1)
     problem = plan.conv2d_problem(
         DTYPES[dtype], (x, plan.strides_of(x, True)), (w, (*w_strides, 1, 1)), (y, plan.strides_of(y, True)),
-        (1, 1), (0, 0, 0, 0), (1, 1), 1, biased,
+        (1, 1), (0, 0, 0, 0), (1, 1), 1, biased, residual, activation, frozen,
     )  # fmt: skip
     return plan.make(op, problem, DTYPES[dtype], (x, w, y), threads, force, strict)
 
@@ -77,7 +80,7 @@ def fwd_recipe(
     x: Shape, w: Shape, w_strides: Shape, dtype: torch.dtype, biased: bool, threads: int, force: str, strict: bool
 ) -> Recipe:
     y = (*x[:-1], w[0])
-    made: plan.Plan | None = _plan(
+    made: plan.Plan | None = make_plan(
         "conv2d_fwd", math.prod(x[:-1]), w[1], w[0], w_strides, dtype, biased, threads, force, strict
     )
     return Recipe(made, y, contiguous_strides(y))
@@ -115,7 +118,7 @@ def _rows(t: Tensor) -> int:
 
 def find_dgrad(dy: Tensor, w: Tensor) -> plan.Plan | None:
     outputs, inputs = w.shape
-    made: plan.Plan | None = _plan(
+    made: plan.Plan | None = make_plan(
         "conv2d_dgrad", _rows(dy), inputs, outputs, w.stride(), dy.dtype, False,
         _get_threads(), _forced().get("conv2d_dgrad", ""), plan.strict,
     )  # fmt: skip
@@ -134,7 +137,7 @@ def run_dgrad(dy: Tensor, w: Tensor) -> Tensor:
 
 def find_wgrad(dy: Tensor, x: Tensor, with_bias: bool) -> plan.Plan | None:
     outputs, inputs = dy.shape[-1], x.shape[-1]
-    made: plan.Plan | None = _plan(
+    made: plan.Plan | None = make_plan(
         "conv2d_wgrad", _rows(dy), inputs, outputs, (inputs, 1), dy.dtype, with_bias,
         _get_threads(), _forced().get("conv2d_wgrad", ""), plan.strict,
     )  # fmt: skip

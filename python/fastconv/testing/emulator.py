@@ -24,7 +24,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 _i64, _i32 = ctypes.c_int64, ctypes.c_int32
 _DTYPES = ("f32", "f64", "bf16", "f16")
 _MASKS = ("none", "boolean", "additive", "wide")
-_ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid")
+_ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "sigmoid")
 
 
 def compiler() -> str | None:

@@ -160,7 +160,7 @@ def _conv_layouts() -> Iterator[ConvCase]:
 
 def _conv_epilogues() -> Iterator[ConvCase]:
     same = (1, 1, 1, 1)
-    activations = cycle(("none", "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"))
+    activations = cycle(("none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "sigmoid"))
     for layout in (*PUBLIC, "mixed", "slice"):
         for shape in (
             ConvCase(2, 9, 4, 5, 35, 1, 1),
@@ -172,7 +172,7 @@ def _conv_epilogues() -> Iterator[ConvCase]:
             for bias, residual in ((True, False), (False, True), (True, True)):
                 yield _with(shape, layout=layout, bias=bias, residual=residual, activation=next(activations))
     for layout in PUBLIC:
-        for _ in range(7):
+        for _ in range(8):
             yield ConvCase(1, 6, 3, 11, 20, 3, 3, pad4=same, layout=layout, activation=next(activations))
             yield ConvCase(1, 6, 3, 11, 20, 1, 1, layout=layout, bias=True, activation=next(activations))
             yield ConvCase(1, 17, 3, 11, 17, 3, 3, pad4=same, groups=17, layout=layout, activation=next(activations))

@@ -1,0 +1,86 @@
+"""The bench's cases for sequences: layer norm, attention in halves, whole models that read texts."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import fastconv
+from fastconv.bench import main, texts
+from fastconv.bench.cases import make
+from fastconv.bench.networks import Network
+from fastconv.bench.runner import Settings, run
+from fastconv.bench.shapes import NormShape, batched, parse_norm, parse_sdpa, short
+from fastconv.testing.timing import Protocol
+
+SETTINGS = Settings(
+    protocol=Protocol(repetitions=9, max_repetitions=9, min_sample_s=1e-6, warmup_s=0.0, max_seconds=1.0)
+)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_layer_norm_is_verified_against_torch(direction: str) -> None:
+    shape = parse_norm("m300c33")
+    assert (shape, parse_norm(short(shape)), batched(shape, 2)) == (NormShape(300, 33), shape, NormShape(600, 33))
+    result = run(make("layer_norm", shape, direction), SETTINGS)
+    assert [c["who"] for c in result["contestants"]] == ["torch", "fastconv"]
+    assert {c["status"] for c in result["contestants"]} <= {"ok", "noisy"}
+    assert result["contestants"][1]["kernel"].startswith(f"layer_norm_{direction}.rows.f32")
+    assert result["bytes"] == (2 if direction == "fwd" else 3) * 4 * 300 * 33
+
+
+def test_a_wrong_layer_norm_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fastconv.functional.layer_norm
+    monkeypatch.setattr(fastconv.functional, "layer_norm", lambda x, *rest: right(x, *rest) * (1 + 1e-5))
+    result = run(make("layer_norm", parse_norm("m300c33"), "bwd"), SETTINGS)
+    assert [c["status"] for c in result["contestants"] if c["who"] == "fastconv"] == ["void"]
+
+
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_attention_in_halves(dtype: str, direction: str) -> None:
+    result = run(make("sdpa", parse_sdpa("h2q33d16"), direction, dtype=dtype), SETTINGS)
+    assert {c["status"] for c in result["contestants"]} <= {"ok", "noisy"}
+    ours = result["contestants"][-1]
+    assert ours["kernel"].startswith(f"sdpa_{direction}.flash.{dtype}.")
+    # What storing alone explains, and no more: a fault of one unit in the last place would be seen.
+    assert ours["error"]["rel_l2"] < ours["error"]["bound"] < torch.finfo(HALVES[dtype]).eps * 1.01
+
+
+def test_halves_are_for_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sdpa", "--dtype", "bf16", "--list"]) == 0
+    assert capsys.readouterr().out.startswith("sdpa bf16: sdpa fwd n1h16q2048d64\n")
+    for words in (["conv2d"], ["sdpa", "linear"], ["model", "resnet18"]):
+        assert main([*words, "--dtype", "f16"]) == 2
+        assert "--dtype f16 is for sdpa and --device cuda alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_of_texts(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"vocabulary": 30000, "positions": 16, "width": 32, "num_heads": 2, "depth": 2}
+    monkeypatch.setattr(texts.models, "create", functools.partial(texts.models.create, **small))
+    monkeypatch.setitem(texts.LENGTHS, "gpt2", 16)
+    case = texts.TextNetwork("model", "infer", model="gpt2", batch=2, fused=fused)
+    # Twelve square matrices in each block, scores and their product with values, and the embedding as the last layer.
+    assert case.flops == 2 * 32 * (2 * (12 * 32 * 32 + 2 * 16 * 32) + 30000 * 32)
+    result = run(case, SETTINGS)
+    assert [(c["who"], c["layout"]) for c in result["contestants"]] == [("torch", "nchw"), ("fastconv", "nchw")]
+    assert {c["status"] for c in result["contestants"]} <= {"ok", "noisy"}
+    assert result["family"] == ("inference, fused" if fused else "inference")
+
+
+def test_texts_are_not_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "gpt2", "bert_base", "--list"]) == 0
+    assert capsys.readouterr().out == "gpt2 n1: model infer gpt2 n1\nbert_base n1: model infer bert_base n1\n"
+    assert main(["model", "gpt2", "--train"]) == 2
+    assert "--train is for networks for images, got gpt2" in capsys.readouterr().err
+
+
+def test_no_model_is_verified_against_nothing() -> None:
+    """A fresh ViT's last layer is 0, and every network with a wrong encoder would give the right logits."""
+    assert float(Network("model", "infer", model="vit_tiny", batch=1).truth.norm()) > 1
