@@ -13,7 +13,6 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +33,10 @@ class Function:
     registers: int = 0
 
 
-def functions(text: str) -> Iterator[Function]:
+def functions(text: str) -> list[Function]:
     """What ptxas -v says, function by function."""
-    gpu, name, found = "", "", None
+    gpu, name = "", ""
+    found: list[Function] = []
     for line in text.splitlines():
         if entry := _ENTRY.search(line):
             gpu = entry[2]
@@ -44,10 +44,10 @@ def functions(text: str) -> Iterator[Function]:
             name = function[1]
         elif memory := _MEMORY.search(line):
             stack, stores, loads = map(int, memory.groups())
-            found = Function(name, gpu, stack, stores + loads)
-            yield found
+            found.append(Function(name, gpu, stack, stores + loads))
         elif (registers := _REGISTERS.search(line)) and found:
-            found.registers = int(registers[1])
+            found[-1].registers = int(registers[1])
+    return found
 
 
 def _demangled(name: str) -> str:

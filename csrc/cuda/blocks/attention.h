@@ -52,7 +52,7 @@ AttentionCall attention_call(const SdpaProblem& a, const SdpaArgs& args) {
   return t;
 }
 
-inline int64_t tiles_of(int64_t count, int tile) { return (count + tile - 1) / tile; }
+FC_INLINE int64_t tiles_of(int64_t count, int tile) { return (count + tile - 1) / tile; }
 
 inline const char* attention_reject(const SdpaProblem& a) {
   if (a.B <= 0 || a.Lq <= 0 || a.Hq <= 0) return "there is no query";

@@ -109,7 +109,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1) flash(AttentionCall t, Row
   Shared<Tiles, kOf>& shared = shared_memory<Shared<Tiles, kOf>>();
   uint32_t tile = blockIdx.x;
   const AttentionUnit u = attention_unit(t, t.units.take(tile));
-  const int first = int(tile) * Tiles::kM, end = kByKey ? t.rows : int(t.a.Lkv);
+  // Under a causal mask the first keys meet most queries, and the last queries most keys: they begin first.
+  const int64_t place = kByKey ? tile : tiles_of(t.rows, Tiles::kM) - 1 - tile;
+  const int first = int(place) * Tiles::kM, end = kByKey ? t.rows : int(t.a.Lkv);
   const UnitRows<const T> of_queries[] = {query_rows<const T>(t, u, t.args.q, t.a.q, t.a.D, t.packs_q),
                                           query_rows<const T>(t, u, t.args.dout, t.a.dout, t.a.Dv, t.packs_dout)};
   const UnitRows<const T> of_keys[] = {key_rows<const T>(t, u, t.args.k, t.a.k, t.a.D, t.packs_k),

@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(Tiles::kThreads) flash(AttentionCall t) {
   Shared<Tiles>& shared = shared_memory<Shared<Tiles>>();
   uint32_t tile = blockIdx.x;
   const AttentionUnit u = attention_unit(t, t.units.take(tile));
-  const int first = int(tile) * Tiles::kM, keys = int(t.a.Lkv);
+  // Under a causal mask the last queries see most keys: they begin first.
+  const int first = int(tiles_of(t.rows, Tiles::kM) - 1 - tile) * Tiles::kM, keys = int(t.a.Lkv);
   const UnitRows<const T> fixed[] = {query_rows<const T>(t, u, t.args.q, t.a.q, t.a.D, t.packs_q)};
   const UnitRows<const T> moving[] = {key_rows<const T>(t, u, t.args.k, t.a.k, t.a.D, t.packs_k),
                                       key_rows<const T>(t, u, t.args.v, t.a.v, t.a.Dv, t.packs_v)};

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from fastconv import _native, reference
 from fastconv.testing import fill, grids, tolerance
-from fastconv.testing.attention import SdpaCase, native_sdpa, sdpa_inputs, sdpa_truth
+from fastconv.testing.attention import SdpaCase, native_sdpa, sdpa_inputs
+from fastconv.testing.attention_truth import sdpa_truth
 from fastconv.testing.buffers import CANARY, Block, Operand, Place, strides_of
 from fastconv.testing.norm import OPERANDS as NORM_OPERANDS
 from fastconv.testing.norm import NormCase, native_norm, norm_inputs, norm_truth
