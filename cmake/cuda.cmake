@@ -91,7 +91,11 @@ function(fastconv_add_cuda_objects target name architectures)
   set_target_properties(${name} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static
                                            CUDA_ARCHITECTURES "${architectures}")
   # Not the feature cuda_std_20: CMake 3.25 does not know it for compilers that are newer than itself.
-  target_compile_options(${name} PRIVATE -Wall -Wextra "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;-Xfatbin=-compress-all>")
+  target_compile_options(${name} PRIVATE -Wall -Wextra
+                                         "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;-Xfatbin=-compress-all;-Xptxas=-v>")
+  # Registers and spills of every kernel, beside its object, for tools/check_gpu_resources.py.
+  set(launcher ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/collect_resources.py ${CMAKE_CUDA_COMPILER_LAUNCHER})
+  set_target_properties(${name} PROPERTIES CUDA_COMPILER_LAUNCHER "${launcher}")
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${name}>)
 endfunction()
 
@@ -102,8 +106,16 @@ function(fastconv_add_cuda target)
   # Input gradients launch forward kernels and hold no device code: once through the compiler, not once for each GPU.
   file(GLOB hosts CONFIGURE_DEPENDS csrc/cuda/kernels/*_dgrad_*.cu)
   list(REMOVE_ITEM kernels ${hosts})
+  # Attention's kernels take ten times as long as others. Machine code for 8.0 also runs on 8.6 and 8.9.
+  file(GLOB long CONFIGURE_DEPENDS csrc/cuda/kernels/sdpa_*.cu)
+  list(REMOVE_ITEM kernels ${long})
+  set(fewer ${FASTCONV_CUDA_ARCHITECTURES})
+  if("80-real" IN_LIST fewer)
+    list(REMOVE_ITEM fewer 86-real 89-real)
+  endif()
   list(GET FASTCONV_CUDA_ARCHITECTURES 0 first)
   fastconv_add_cuda_objects(${target} fastconv_cuda "${FASTCONV_CUDA_ARCHITECTURES}" ${kernels})
+  fastconv_add_cuda_objects(${target} fastconv_cuda_long "${fewer}" ${long})
   fastconv_add_cuda_objects(${target} fastconv_cuda_host "${first}" ${hosts} csrc/cuda/gpu.cpp)
   # Static, so that importing needs no CUDA library, and hidden: torch may bring a runtime of its own.
   target_link_libraries(${target} PUBLIC CUDA::cudart_static)

@@ -5,9 +5,37 @@ test_kernels, test_memory, test_bits, test_acceptance, test_harness, test_refere
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from fastconv.testing import harness
+from fastconv.testing import emulator, harness
+
+ROOT = Path(__file__).resolve().parents[1]
+# Under AddressSanitizer, as .ci/run starts Python, the CUDA kernels are compiled with it and with UndefinedBehaviorSanitizer.
+SANITIZE = "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+@pytest.fixture(scope="session")
+def cuda_cache(request: pytest.FixtureRequest) -> Path:
+    """Where emulated kernels are built."""
+    assert request.config.cache is not None
+    return Path(request.config.cache.mkdir("cuda_emulator"))
+
+
+@pytest.fixture(scope="session")
+def cuda_library(cuda_cache: Path) -> Path:
+    return emulator.build(ROOT, cuda_cache, sanitize=SANITIZE)
+
+
+@pytest.fixture
+def emulated(cuda_library: Path) -> Iterator[emulator.Emulator]:
+    """The harness with the emulated kernels in the place of the compiled module's."""
+    module = emulator.Emulator(cuda_library)
+    with harness.using(module):
+        yield module
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,6 +24,7 @@ SPECIALISTS = {
     "implicit_gemm": 0.25,
     "depthwise": 0.12,
     "grouped": 0.05,
+    "subpixel": 0.1,
     "winograd": 0.05,
     "channels": 0.4,
     "rows": 0.4,

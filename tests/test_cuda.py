@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastconv
-from fastconv import cuda, plan
+from fastconv import _cuda_calls, cuda, plan
 from fastconv.cli import main
 from fastconv.testing import emulator
 
@@ -30,11 +31,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         assert request.config.cache is not None
         library = emulator.build(ROOT, Path(request.config.cache.mkdir("cuda_emulator")))
         monkeypatch.setattr(plan, "_C", emulator.Emulator(library))
-        monkeypatch.setattr(cuda, "_device", lambda op, tensors: 0)
-        monkeypatch.setattr(cuda, "_stream", lambda device: 0)
-    cuda._plan.cache_clear()
+        monkeypatch.setattr(_cuda_calls, "device", lambda op, tensors: 0)
+        monkeypatch.setattr(_cuda_calls, "stream", lambda device: 0)
+    _cuda_calls.planned.cache_clear()
     yield "cpu" if request.param == "emulated" else "cuda"
-    cuda._plan.cache_clear()
+    _cuda_calls.planned.cache_clear()
 
 
 def operand(device: str, *shape: int, last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,9 +80,81 @@ def test_pooling(device: str, last: bool) -> None:
     options = {"stride": 2, "padding": 1, "ceil_mode": True}
     for ours, theirs in ((cuda.max_pool2d, F.max_pool2d), (cuda.avg_pool2d, F.avg_pool2d)):
         compare(ours(x, 3, **options), theirs(x.double(), 3, **options), [x], torch.float32)
-    compare(cuda.adaptive_avg_pool2d(x, (4, 3)), F.adaptive_avg_pool2d(x.double(), (4, 3)), [x], torch.float32)
+    for ours, theirs in (
+        (cuda.adaptive_avg_pool2d, F.adaptive_avg_pool2d),
+        (cuda.adaptive_max_pool2d, F.adaptive_max_pool2d),
+    ):
+        compare(ours(x, (4, 3)), theirs(x.double(), (4, 3)), [x], torch.float32)
     _, indices = cuda.max_pool2d(x, 3, return_indices=True)
     assert torch.equal(indices, F.max_pool2d(x, 3, return_indices=True)[1])
+
+
+OPTIONS: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "softcap": 4.0, "window": 4, "return_lse": True}
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slopes: Tensor, sinks: Tensor, bias: Tensor
+) -> Tensor:
+    """What OPTIONS ask for, from a matrix of scores."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    i, j = torch.arange(q.shape[2], device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)
+    scores = 4 * torch.tanh(q @ k.mT / q.shape[3] ** 0.5 / 4) + mask - slopes[:, None, None] * (j - i).abs()
+    scores = scores + bias[:, :, j - i + q.shape[2] - 1]
+    scores = scores.masked_fill((j > i) | (j < i - 4), -torch.inf)
+    lse = torch.logsumexp(torch.cat([scores, sinks[..., None, None].expand(*scores.shape[:3], 1)], 3), 3)
+    return torch.cat([(torch.exp(scores - lse[..., None]) @ v).flatten(), lse.flatten()])
+
+
+# Where the mask is float32 beside halves, it is read as that.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_gradients(device: str, dtype: torch.dtype) -> None:
+    sizes = (2, 4, 9, 16), (2, 2, 70, 16), (2, 2, 70, 16), (4, 9, 70), (4,), (2, 4), (2, 1, 78)
+    leaves = [operand(device, *s, last=False, dtype=dtype if len(s) == 4 else torch.float32) for s in sizes]
+    q, k, v, mask, slopes, sinks, bias = leaves
+    out, lse = cuda.scaled_dot_product_attention(
+        q, k, v, mask, alibi_slopes=slopes, sinks=sinks, relative_bias=bias, **OPTIONS
+    )
+    ours = torch.cat([out.flatten().to(lse.dtype), lse.flatten()])
+    compare(ours, dense_attention(*(t.double() for t in leaves)), leaves, dtype)
+
+
+def test_attention_of_three_dimensions_with_a_boolean_mask(device: str) -> None:
+    q, k, v = (operand(device, 3, L, 8, last=False) for L in (5, 7, 7))
+    mask = torch.arange(35, device=q.device).view(5, 7) % 3 != 0
+    ours = cuda.scaled_dot_product_attention(q, k, v, mask)
+    compare(ours, F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask), [q, k, v], torch.float32)
+    with torch.no_grad():
+        assert torch.equal(cuda.scaled_dot_product_attention(q, k, v, mask), ours)
+
+
+def test_attention_refuses_in_words(device: str) -> None:
+    q = torch.randn(1, 2, 3, 300, device=device)
+    with pytest.raises(NotImplementedError, match="more than 256 features"):
+        cuda.scaled_dot_product_attention(q, q, q)
+    assert cuda.scaled_dot_product_attention(q[:0], q[:0], q[:0]).shape == (0, 2, 3, 300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("added", [False, True])
+def test_layer_norm_and_its_gradients(device: str, dtype: torch.dtype, added: bool) -> None:
+    x, residual = (operand(device, 3, 5, 4, 6, last=False, dtype=dtype) for _ in range(2))
+    w, bias = (operand(device, 4, 6, last=False, dtype=dtype) for _ in range(2))
+    if not added:
+        compare(
+            cuda.layer_norm(x, (4, 6), w, bias), F.layer_norm(x.double(), (4, 6), w.double(), bias.double()),
+            [x, w, bias], dtype,
+        )  # fmt: skip
+        return
+    theirs = x.double() + residual.double()
+    both = torch.stack([F.layer_norm(theirs, (4, 6), w.double()), theirs])
+    compare(torch.stack(cuda.layer_norm(x, (4, 6), w, residual=residual)), both, [x, residual, w], dtype)
+
+
+def test_layer_norm_of_nothing_and_of_what_does_not_fit(device: str) -> None:
+    x = torch.randn(0, 6, device=device, requires_grad=True)
+    assert cuda.layer_norm(x, (6,)).shape == (0, 6)
+    with pytest.raises(RuntimeError, match="expected input with shape"):
+        cuda.layer_norm(x, (5,))
 
 
 def test_tensors_elsewhere_are_errors() -> None:

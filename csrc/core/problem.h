@@ -152,7 +152,7 @@ struct SdpaProblem {
 
 // What is absent is null. Forward reads x, residual, gamma, beta and writes y, sum where there is a residual, and mean and rstd
 // (N numbers each) where a backward pass will want them; backward reads x, mean, rstd, gamma, dy, dsum and writes those of dx,
-// dgamma, dbeta that are there.
+// dgamma, dbeta that are there. mean and rstd are of the precision that is computed in.
 struct NormArgs {
   void *x, *residual, *gamma, *beta, *sum, *y, *mean, *rstd;
   void *dy, *dsum, *dx, *dgamma, *dbeta;

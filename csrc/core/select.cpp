@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <string_view>
 
 #include "core/machine_info.h"
 
@@ -19,6 +20,36 @@ const char* dtype_name(Dtype dtype) {
 bool named(const Row& row, const std::string& force) {
   return force.empty() || force == row.algorithm || force == row.target || force == row.name;
 }
+
+// How much longer a kernel takes than its model says, next to the others (core/calibration.def).
+struct Calibration {
+  const char *op, *algorithm, *target;
+  bool channels_last;
+  double factor;
+};
+
+constexpr bool nhwc = true, nchw = false;
+#define FC_CALIBRATION(op, algorithm, target, layout, factor) {#op, #algorithm, #target, layout, factor},
+constexpr Calibration kCalibrations[] = {
+#include "core/calibration.def"
+};
+#undef FC_CALIBRATION
+
+double calibration(const Row& row, bool channels_last) {
+  for (const Calibration& c : kCalibrations) {
+    if (c.channels_last == channels_last && row.op == std::string_view(c.op) && row.algorithm == std::string_view(c.algorithm) &&
+        row.target == std::string_view(c.target)) {
+      return c.factor;
+    }
+  }
+  return 1;
+}
+
+template <class Problem>
+double calibration(const Row&, const Problem&) {
+  return 1;
+}
+double calibration(const Row& row, const Conv2dProblem& problem) { return calibration(row, problem.x.c == 1); }
 
 Machine machine_with(int threads) {
   Machine machine = machine_info().machine;
@@ -74,7 +105,7 @@ std::vector<Candidate> candidates(const std::string& op, const Problem& problem,
       if (reason) {
         candidate.verdict = reason;
       } else {
-        candidate.cost = nominal_cost(op, **kernel, problem, machine);
+        candidate.cost = calibration(row, problem) * nominal_cost(op, **kernel, problem, machine);
       }
     }
     found.push_back(std::move(candidate));

@@ -117,7 +117,7 @@ def scaled_dot_product_attention(
         )  # fmt: skip
     bias = attn_mask if isinstance(attn_mask, CausalBias) else None
     mask = None if bias is not None else attn_mask
-    tensors = _tensors(query, key, value, mask)
+    tensors = by_name(query, key, value, mask)
     check_one_device(_OP, tensors)
     if mask is not None and not mask.is_floating_point():
         tensors["attn_mask"] = None  # no dtype that a kernel would lack: boolean, or an error
@@ -128,7 +128,7 @@ def scaled_dot_product_attention(
                 f"{query.dtype}"
             )
         return _theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return _answer(query, key, value, attn_mask, _probability(dropout_p), is_causal, (scale, enable_gqa), own)
+    return _answer(query, key, value, attn_mask, probability(dropout_p), is_causal, (scale, enable_gqa), own)
 
 
 def _answer(
@@ -142,14 +142,41 @@ def _answer(
     own: dict[str, Any],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What our kernels make of operands that they have; `plain` is scale and enable_gqa, `own` the options that torch has not."""
-    (scale, enable_gqa), return_lse = plain, "return_lse" in own
+    return_lse = "return_lse" in own
+    if isinstance(attn_mask, CausalBias):
+        query, key, value = _autocast(query, key, value)
+    else:
+        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    heads, given, options = prepare(query, key, value, attn_mask, p, is_causal, plain, own)
+    asked = None if torch.compiler.is_compiling() else _asked.get()
+    if not return_lse and asked is None:
+        return heads.undo(ops.sdpa_out(given, options))
+    out, lse = ops.sdpa(given, options)
+    if asked is not None:
+        asked.append(heads.undo(ops.weights(given, lse, options)))
+        if not return_lse:
+            return heads.undo(out)
+    return heads.undo(out), heads.undo(lse)
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | CausalBias | None,
+    p: float,
+    is_causal: bool,
+    plain: tuple[Any, bool],
+    own: dict[str, Any],
+) -> tuple[Heads, ops.Operands, ops.Options]:
+    """A call's operands in four dimensions and its options, checked: the same for every device."""
+    scale, enable_gqa = plain
     bias = attn_mask if isinstance(attn_mask, CausalBias) else None
     mask = None if bias is not None else attn_mask
-    query, key, value, mask = _autocast(query, key, value, mask)
     if bias is not None and is_causal:
         raise ValueError("CausalBias should not be used with causal=True: got is_causal=True beside a causal attn_mask")
     _check_operands(query, key, value, mask)
-    heads = _Heads(query, key, value, enable_gqa)
+    heads = Heads(query, key, value, enable_gqa)
     L, S = query.shape[-2], key.shape[-2]
     lower_right = bias is not None and bias.variant == CausalVariant.LOWER_RIGHT
     if bias is not None and (bias.seq_len_q, bias.seq_len_kv) != (L, S):
@@ -169,18 +196,10 @@ def _answer(
         _distances(own, heads, diagonal),
         heads.numbers("sinks", own.get("sinks")),
     )
-    asked = None if torch.compiler.is_compiling() else _asked.get()
-    if not return_lse and asked is None:
-        return heads.undo(ops.sdpa_out(given, options))
-    out, lse = ops.sdpa(given, options)
-    if asked is not None:
-        asked.append(heads.undo(ops.weights(given, lse, options)))
-        if not return_lse:
-            return heads.undo(out)
-    return heads.undo(out), heads.undo(lse)
+    return heads, given, options
 
 
-def _distances(own: dict[str, Any], heads: _Heads, diagonal: int) -> Tensor | None:
+def _distances(own: dict[str, Any], heads: Heads, diagonal: int) -> Tensor | None:
     """What is added to scores for each distance j - i from 1 - L on: (B, Hq, L + S - 1), of size 1 where it is broadcast."""
     L, S = heads.scores[-2:]
     bias = heads.numbers("relative_bias", own.get("relative_bias"), max(L + S - 1, 0))
@@ -192,7 +211,7 @@ def _distances(own: dict[str, Any], heads: _Heads, diagonal: int) -> Tensor | No
     return alibi if bias is None else bias + alibi
 
 
-def _tensors(query: Any, key: Any, value: Any, mask: Any) -> dict[str, Tensor | None]:
+def by_name(query: Any, key: Any, value: Any, mask: Any) -> dict[str, Tensor | None]:
     for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", mask)):
         if not isinstance(t, Tensor) and not (name == "attn_mask" and t is None):
             raise TypeError(f"{_OP}(): argument '{name}' must be Tensor, not {describe(t)}")
@@ -208,7 +227,7 @@ def _autocast(*tensors: Tensor | None) -> Any:
     return [t if t is None or not t.is_floating_point() or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
 
 
-def _probability(p: Any) -> float:
+def probability(p: Any) -> float:
     probability = float(p)
     if not 0 <= probability <= 1:
         raise RuntimeError(
@@ -289,7 +308,7 @@ def _broadcast(shapes: Sequence[torch.Size], what: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-class _Heads:
+class Heads:
     """Operands of any rank as (B, H, L, E), and results back. Nothing is copied where the rank is at most 4."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> None:

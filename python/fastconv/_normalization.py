@@ -88,10 +88,10 @@ def layer_norm(
         raise TypeError(
             f"{_OP}(): argument 'normalized_shape' (position 2) must be tuple of ints, not {describe(normalized_shape)}"
         )
-    _check_shapes(input, shape, weight, bias, residual)
+    check_shapes(input, shape, weight, bias, residual)
     if for_torch(_OP, tensors, False):
         return _theirs(input, shape, weight, bias, eps, residual=residual)  # type: ignore[no-any-return]
-    _check_dtypes(input, weight, bias, residual)
+    check_dtypes(input, weight, bias, residual)
     return _apply(input, shape, weight, bias, float(eps), residual)
 
 
@@ -160,7 +160,7 @@ def _theirs(
     return F.layer_norm(total, normalized_shape, weight, bias, eps), total
 
 
-def _check_shapes(
+def check_shapes(
     input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> None:
     listed = list(shape)
@@ -186,7 +186,7 @@ def _check_shapes(
         )
 
 
-def _check_dtypes(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+def check_dtypes(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
     for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None and t.dtype is not input.dtype:
             raise RuntimeError(f"mixed dtype (CPU): {_OP}() got input of {input.dtype} and {name} of {t.dtype}")

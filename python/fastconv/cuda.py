@@ -1,4 +1,4 @@
-"""The kernels for GPUs, on CUDA tensors: convolution, linear and pooling layers with their gradients.
+"""The kernels for GPUs, on CUDA tensors: convolution, linear, pooling, attention and layer norm, with their gradients.
 
 They are proven by emulation (docs/cuda.md) and have not run on a GPU yet. Until they are measured there, `fastconv.functional`
 leaves CUDA tensors to torch, and here is where to call them: float32, bfloat16 and float16, sums always in float32. Work is
@@ -8,6 +8,7 @@ is no torch.compile, autocast or second derivative yet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,45 +18,18 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import _conv_checks, _pool_checks, plan
+from . import _cuda_calls as calls
+from ._cuda_attention import scaled_dot_product_attention
+from ._cuda_calls import DTYPES
+from ._normalization import check_dtypes, check_shapes
 from .plan import prefers_channels_last, strides_of
 
+__all__ = [
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "conv2d", "layer_norm", "linear", "max_pool2d",
+    "scaled_dot_product_attention",
+]  # fmt: skip
+
 Size = int | Sequence[int]
-
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-# ---- Plans ------------------------------------------------------------------------------------------------------------------
-
-
-def _device(op: str, tensors: dict[str, Tensor | None]) -> int:
-    """The number of the GPU that holds all operands. RuntimeError where none does, NotImplementedError for a dtype."""
-    first = next(t for t in tensors.values() if t is not None)
-    for name, t in tensors.items():
-        if t is not None and (not t.is_cuda or t.device != first.device):
-            raise RuntimeError(f"fastconv.cuda.{op}: {name} is on {t.device}, expected all operands on one CUDA device")
-    if first.dtype not in DTYPES:
-        raise NotImplementedError(
-            f"fastconv.cuda.{op}: not implemented for {first.dtype}, expected float32, bfloat16 or float16"
-        )
-    return first.get_device()
-
-
-def _stream(device: int) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-@plan.cached
-def _plan(op: str, make: Any, arguments: tuple[Any, ...], device: int, force: str, strict: bool) -> Any:
-    return plan.native().plan(op, make(*arguments), 1, force, strict, device)
-
-
-def _run(op: str, make: Any, arguments: tuple[Any, ...], device: int, like: Tensor, *operands: Tensor | None) -> None:
-    """Starts the kernel for `make(*arguments)`, with its operands in the order of `_C.Plan.run_conv2d` or `run_pool2d`."""
-    chosen = _plan(op, make, arguments, device, plan.forced.get().get(op, ""), plan.strict)
-    workspace = torch.empty(chosen.workspace, dtype=torch.uint8, device=like.device)
-    run = chosen.run_conv2d if op.startswith("conv2d") else chosen.run_pool2d
-    addresses = [0 if t is None else t.data_ptr() for t in operands]
-    run(*addresses, workspace=workspace.data_ptr(), stream=_stream(device))
 
 
 def _layout(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -83,7 +57,7 @@ class _Conv2d(Function):
         y = _empty(x, y_shape, _last(x) or _last(w))
         bias = None if bias is None else bias.contiguous()
         problem = DTYPES[x.dtype], _layout(x), _layout(w), _layout(y), *geometry, bias is not None
-        _run("conv2d_fwd", plan.conv2d_problem, problem, device, x, x, w, bias, None, y)
+        calls.run("conv2d_fwd", plan.conv2d_problem, problem, device, x, x, w, bias, None, y)
         return y
 
     @staticmethod
@@ -95,12 +69,12 @@ class _Conv2d(Function):
         if wants_x:
             dx = _empty(x, tuple(x.shape), _last(x))
             problem = DTYPES[x.dtype], _layout(dx), _layout(w), _layout(dy), *ctx.geometry
-            _run("conv2d_dgrad", plan.conv2d_problem, problem, ctx.device, x, dx, w, None, None, dy)
+            calls.run("conv2d_dgrad", plan.conv2d_problem, problem, ctx.device, x, dx, w, None, None, dy)
         if wants_w or wants_bias:
             dw = _empty(w, tuple(w.shape), _last(w))
             db = torch.empty(w.shape[0], dtype=w.dtype, device=w.device) if wants_bias else None
             problem = DTYPES[x.dtype], _layout(x), _layout(dw), _layout(dy), *ctx.geometry, wants_bias
-            _run("conv2d_wgrad", plan.conv2d_problem, problem, ctx.device, x, x, dw, db, None, dy)
+            calls.run("conv2d_wgrad", plan.conv2d_problem, problem, ctx.device, x, x, dw, db, None, dy)
         return dx, dw, db, None, None, None
 
 
@@ -119,7 +93,7 @@ def conv2d(
     where the operands are not on one CUDA device, NotImplementedError, with reasons, for a dtype or problem without a kernel.
     """
     op = "conv2d"
-    device = _device(op, _conv_checks.tensors(op, input, weight, bias))
+    device = calls.device(op, _conv_checks.tensors(op, input, weight, bias))
     _conv_checks.check_dtypes(op, input, weight, bias)
     _conv_checks.check_ranks(op, 2, input, weight)
     g = _conv_checks.geometry(op, 2, weight, stride, padding, dilation, groups, 0)
@@ -152,7 +126,7 @@ class _MaxPool2d(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, device: int, y_shape: Any, windows: Any) -> tuple[Tensor, Tensor]:
         y, indices = _empty(x, y_shape, _last(x)), _empty(x, y_shape, _last(x), torch.int64)
-        _run(
+        calls.run(
             "max_pool2d_fwd",
             plan.pool2d_problem,
             (DTYPES[x.dtype], _layout(x), _layout(y), *windows),
@@ -175,7 +149,7 @@ class _MaxPool2d(Function):
             dy = torch.empty_like(indices, dtype=dy.dtype).copy_(dy)
         dx = _empty(dy, ctx.x_shape, ctx.last)
         problem = DTYPES[dy.dtype], _layout(dx), _layout(dy), *ctx.windows
-        _run("max_pool2d_bwd", plan.pool2d_problem, problem, ctx.device, dy, dx, dy, indices)
+        calls.run("max_pool2d_bwd", plan.pool2d_problem, problem, ctx.device, dy, dx, dy, indices)
         return dx, None, None, None
 
 
@@ -183,7 +157,7 @@ class _AvgPool2d(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, device: int, y_shape: Any, windows: Any) -> Tensor:
         y = _empty(x, y_shape, _last(x))
-        _run(
+        calls.run(
             "avg_pool2d_fwd",
             plan.pool2d_problem,
             (DTYPES[x.dtype], _layout(x), _layout(y), *windows),
@@ -201,13 +175,13 @@ class _AvgPool2d(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         dx = _empty(dy, ctx.x_shape, ctx.last)
         problem = DTYPES[dy.dtype], _layout(dx), _layout(dy), *ctx.windows
-        _run("avg_pool2d_bwd", plan.pool2d_problem, problem, ctx.device, dy, dx, dy, None)
+        calls.run("avg_pool2d_bwd", plan.pool2d_problem, problem, ctx.device, dy, dx, dy, None)
         return dx, None, None, None
 
 
 def _pooled(op: str, input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Any:
     """The device, the output's shape and the windows of a pooling of images."""
-    device = _device(op, {"input": input})
+    device = calls.device(op, {"input": input})
     if input.dim() != 4 or input.numel() == 0:
         raise NotImplementedError(
             f"fastconv.cuda.{op}: got shape {list(input.shape)}, expected (N, C, H, W), not empty"
@@ -255,13 +229,91 @@ def avg_pool2d(
     return _AvgPool2d.apply(input, device, shape, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def adaptive_avg_pool2d(input: Tensor, output_size: Size) -> Tensor:
-    """`torch.nn.functional.adaptive_avg_pool2d` of `input` (N, C, H, W) on a GPU. Errors as `conv2d`."""
-    device = _device("adaptive_avg_pool2d", {"input": input})
+def _adaptive(op: str, input: Tensor, output_size: Any) -> Any:
+    """The device, the output's shape and the windows of an adaptive pooling."""
+    device = calls.device(op, {"input": input})
     if input.dim() != 4 or input.numel() == 0:
         raise NotImplementedError(
-            f"fastconv.cuda.adaptive_avg_pool2d: got shape {list(input.shape)}, expected (N, C, H, W), not empty"
+            f"fastconv.cuda.{op}: got shape {list(input.shape)}, expected (N, C, H, W), not empty"
         )
-    size = _pool_checks.adaptive_size("adaptive_avg_pool2d", 2, output_size, input)
-    options = (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 0, True, True
-    return _AvgPool2d.apply(input, device, (*input.shape[:2], *size), options)  # type: ignore[no-any-return, no-untyped-call]
+    size = _pool_checks.adaptive_size(op, 2, output_size, input)
+    windows = (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 0, True, True
+    return device, (*input.shape[:2], *size), windows
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
+    """`torch.nn.functional.adaptive_avg_pool2d` of `input` (N, C, H, W) on a GPU. Errors as `conv2d`."""
+    device, shape, windows = _adaptive("adaptive_avg_pool2d", input, output_size)
+    return _AvgPool2d.apply(input, device, shape, windows)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """`torch.nn.functional.adaptive_max_pool2d` of `input` (N, C, H, W) on a GPU, with a gradient that is the same in every run.
+
+    Errors as `conv2d`.
+    """
+    device, shape, windows = _adaptive("adaptive_max_pool2d", input, output_size)
+    found = _MaxPool2d.apply(input, device, shape, windows)  # type: ignore[no-untyped-call]
+    return found if return_indices else found[0]
+
+
+# ---- Layer normalisation ----------------------------------------------------------------------------------------------------
+
+
+class _LayerNorm(Function):
+    """Of rows (N, C): what is normalised, x + residual or x, and the result."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, bias: Tensor | None, eps: float, device: int
+    ) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = torch.empty_like(x), *x.new_empty((2, x.shape[0]), dtype=torch.float32)
+        total = x if residual is None else torch.empty_like(x)
+        problem = DTYPES[x.dtype], tuple(x.shape), eps
+        if x.numel():
+            operands = x, residual, w, bias, None if residual is None else total, y, mean, rstd, *(None,) * 5
+            calls.run("layer_norm_fwd", plan.norm_problem, problem, device, x, *operands)
+        ctx.save_for_backward(total, mean, rstd, w)
+        ctx.device, ctx.problem = device, problem
+        ctx.set_materialize_grads(False)
+        return y, x.new_empty(0) if residual is None else total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> Any:
+        x, mean, rstd, w = ctx.saved_tensors
+        wants_x, wants_residual, wants_w, wants_bias = ctx.needs_input_grad[:4]
+        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        dsum = dsum.contiguous() if dsum is not None and dsum.numel() else None
+        dx = torch.empty_like(x) if wants_x or wants_residual else None
+        dw, db = (x.new_zeros(x.shape[1]) if wanted else None for wanted in (wants_w, wants_bias))
+        if x.numel():
+            operands = x, None, w, None, None, None, mean, rstd, dy, dsum, dx, dw, db
+            calls.run("layer_norm_bwd", plan.norm_problem, ctx.problem, ctx.device, x, *operands)
+        return dx if wants_x else None, dx if wants_residual else None, dw, db, None, None
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> Any:
+    """`fastconv.functional.layer_norm` on a GPU; with `residual`, (normalised, input + residual).
+
+    Halves normalise the sum as it is stored. All operands have gradients, the same in every run. Raises as that function,
+    RuntimeError where the operands are not on one CUDA device, NotImplementedError for a dtype without a kernel.
+    """
+    op, shape = "layer_norm", tuple(normalized_shape)
+    tensors = {"input": input, "weight": weight, "bias": bias, "residual": residual}
+    device = calls.device(op, tensors)
+    check_shapes(input, shape, weight, bias, residual)
+    check_dtypes(input, weight, bias, residual)
+    rows, C = math.prod(input.shape[: input.dim() - len(shape)]), math.prod(shape)
+    matrices = (None if t is None else t.reshape(rows, C).contiguous() for t in (input, residual))
+    vectors = (None if t is None else t.reshape(C).contiguous() for t in (weight, bias))
+    y, total = _LayerNorm.apply(*matrices, *vectors, float(eps), device)  # type: ignore[no-untyped-call]
+    return y.view(input.shape) if residual is None else (y.view(input.shape), total.view(input.shape))

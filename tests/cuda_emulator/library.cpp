@@ -15,6 +15,9 @@ using max_pool2d_bwd_problem = Pool2dProblem;
 using avg_pool2d_fwd_problem = Pool2dProblem;
 using avg_pool2d_bwd_problem = Pool2dProblem;
 using sdpa_fwd_problem = SdpaProblem;
+using sdpa_bwd_problem = SdpaProblem;
+using layer_norm_fwd_problem = NormProblem;
+using layer_norm_bwd_problem = NormProblem;
 
 namespace sm80 {
 #define FC_DECLARE_CPU(op, algorithm, dtype)
@@ -73,7 +76,11 @@ int64_t emulator_workspace(int i, const void* problem) { return kRows[i].workspa
 // The sizes that the caller's structures must have.
 int64_t emulator_size(const char* name) {
   const std::string s = name;
-  return s == "conv2d" ? sizeof(Conv2dProblem) : s == "pool2d" ? sizeof(Pool2dProblem) : 0;
+  return s == "conv2d"   ? sizeof(Conv2dProblem)
+         : s == "pool2d" ? sizeof(Pool2dProblem)
+         : s == "sdpa"   ? sizeof(SdpaProblem)
+         : s == "norm"   ? sizeof(NormProblem)
+                         : 0;
 }
 
 // nullptr, or what the emulator saw the kernel do wrong; good until the next call.

@@ -22,21 +22,46 @@ inline void finish_copies(int pending) {
   }
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row, Site site) {
-  struct Row {
-    uintptr_t address;
-    unsigned char bytes[16];
-  } mine;
+// What the 32 lanes give to one ldmatrix: matrix i has the rows of the lanes 8 i .. 8 i + 7.
+struct MatrixRow {
+  uintptr_t address;
+  unsigned char bytes[16];
+  uint16_t at(int column) const {
+    uint16_t half;
+    std::memcpy(&half, bytes + 2 * column, 2);
+    return half;
+  }
+};
+
+inline Warp<MatrixRow> matrix_rows(const void* row, Site site) {
+  MatrixRow mine;
   mine.address = uintptr_t(row);
   if (mine.address % 16 != 0) fail("ldmatrix: a row that is not aligned to 16 bytes");
   std::memcpy(mine.bytes, row, 16);
-  const Warp<Row> rows = exchange(mine, site);
-  const int lane = int(self().thread.x % kWarp);
+  const Warp<MatrixRow> rows = exchange(mine, site);
   for (int matrix = 0; matrix < 4; ++matrix) {
     unsigned banks = 0;
     for (int i = 0; i < 8; ++i) banks |= 1u << rows.lane[8 * matrix + i].address / 16 % 8;
     if (banks != 0xFF) fail("ldmatrix: two rows of a matrix in the same banks");
-    std::memcpy(&r[matrix], rows.lane[8 * matrix + lane / 4].bytes + lane % 4 * 4, 4);
+  }
+  return rows;
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row, Site site) {
+  const Warp<MatrixRow> rows = matrix_rows(row, site);
+  const int lane = int(self().thread.x % kWarp), column = lane % 4 * 2;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const MatrixRow& mine = rows.lane[8 * matrix + lane / 4];
+    r[matrix] = uint32_t(mine.at(column)) | uint32_t(mine.at(column + 1)) << 16;
+  }
+}
+
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Site site) {
+  const Warp<MatrixRow> rows = matrix_rows(row, site);
+  const int lane = int(self().thread.x % kWarp), first = lane % 4 * 2;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const MatrixRow* const mine = rows.lane + 8 * matrix;
+    r[matrix] = uint32_t(mine[first].at(lane / 4)) | uint32_t(mine[first + 1].at(lane / 4)) << 16;
   }
 }
 

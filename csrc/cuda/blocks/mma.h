@@ -27,6 +27,26 @@ FC_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
+// The same, transposed: r[i] is column l / 4, rows 2 (l % 4) + {0, 1} of matrix i. That is a fragment of B from a matrix that
+// lies row by row.
+FC_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+#ifdef FASTCONV_EMULATED
+  ::emulator::load_matrices_transposed(r, row, FC_SITE);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(unsigned(__cvta_generic_to_shared(row)))
+               : "memory");
+#endif
+}
+
+// Two neighbours of a fragment, the first one in the lower half.
+template <class T>
+FC_DEVICE uint32_t pair_of(float low, float high) {
+  const Pack<T, 2> pair = {{from_float<T>(low), from_float<T>(high)}};
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 // c += A * B for 16 x 8 sums over 16 products.
 template <class T>
 FC_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -95,6 +95,10 @@ class Case(ABC):
         """torch.compile's contestant. NotImplementedError where there is nothing to compile."""
         raise NotImplementedError(f"torch.compile is not timed on {self.op} {self.direction}")
 
+    def engine_call(self, engine: str, threads: int) -> Call:
+        """The contestant of one of ``engines.ENGINES``. NotImplementedError for all but whole networks in f32."""
+        raise NotImplementedError(f"{engine} is not timed on {self.op} {self.direction}")
+
     @cached_property
     @abstractmethod
     def truth(self) -> Tensor:

@@ -132,9 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--isa", type=_names(), default=("auto",), help="auto, or targets such as avx2,avx512 (auto)")
     parser.add_argument(
         "--peers",
-        type=_names("torch", "torch_channels_last", "compile", "none"),
+        type=_names("torch", "torch_channels_last", "compile", "openvino", "onnxruntime", "none"),
         default=("torch", "torch_channels_last"),
-        help="torch, torch_channels_last, compile, or none (the first two)",
+        help="torch, torch_channels_last, compile, none; openvino and onnxruntime for whole models (the first two)",
     )
     parser.add_argument(
         "--pass", dest="directions", type=_names("fwd", "dgrad", "wgrad", "bwd"), help="fwd (default), …"

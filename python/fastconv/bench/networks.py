@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastconv
 from fastconv import models
 from fastconv.bench.cases import DTYPES, MEMORY_FORMATS, PASSES, Call, Case, make
+from fastconv.bench.engines import ENGINES
 from fastconv.bench.shapes import LinearShape, Shape, batched
 from fastconv.commands.twins import calibrate_batch_norm
 from fastconv.plan import OPS
@@ -34,7 +35,7 @@ def layer_cases(model: str, batches: Sequence[int], directions: Sequence[str], d
     ``fwd`` takes all of them; the gradients take convolutions and Linear (dgrad, wgrad) and pools (bwd).
     """
     distinct: dict[tuple[str, Shape], list[str]] = {}
-    for op, shape, label in _layers(model):
+    for op, shape, label in layers(model):
         distinct.setdefault((op, shape), []).append(label)
     image = next(iter(distinct))  # whose gradient nobody asks for
     order = sorted(distinct, key=lambda layer: list(PASSES).index(layer[0]))
@@ -47,7 +48,7 @@ def layer_cases(model: str, batches: Sequence[int], directions: Sequence[str], d
     ]
 
 
-def _layers(model: str) -> list[tuple[str, Shape, str]]:
+def layers(model: str) -> list[tuple[str, Shape, str]]:
     """(op, shape, name) of each convolution, pool and Linear in the order they run, for one sample, on meta."""
     spec, found = models.spec(model), []
     with torch.device("meta"):
@@ -214,6 +215,12 @@ class Network(Case):
 
     def compiled_call(self, layout: str) -> Call:
         return self._contestant(layout, lambda twin: cast(nn.Module, torch.compile(twin)))
+
+    def engine_call(self, engine: str, threads: int) -> Call:
+        if self.direction == "train" or self.dtype != "f32":
+            return super().engine_call(engine, threads)
+        network, x, _ = self._parts
+        return ENGINES[engine](copy.deepcopy(network), x, threads)
 
     def checked(self, call: Call) -> Tensor:
         """Logits, or all gradients of the first step in one vector."""

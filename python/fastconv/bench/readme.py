@@ -140,14 +140,26 @@ def _scaled(members: Sequence[Row]) -> str:
     return f"rows over 1 ms: {statistics.median(values):.2f}× one thread, lowest {min(values):.2f}×" if values else ""
 
 
+_ENGINES = {
+    "torch": "torch NCHW, ms",
+    "torch_channels_last": "torch NHWC",
+    "compile": "torch.compile",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+}
+
+
 def _models(models: Sequence[Row]) -> str:
+    """Times in milliseconds. A peer that was timed nowhere has no column."""
+    timed_somewhere = {c["who"] for row in models for c in row.match["contestants"] if "median_s" in c}
+    engines = [who for who in _ENGINES if who in timed_somewhere]
     lines = []
     for row in models:
         if not row.ok:
             continue
         threads = row.entry["threads"]
         timed = {c["who"]: c for c in row.match["contestants"] if "median_s" in c and c["threads"] == threads}
-        peers = [timed.get(who) for who in ("torch", "torch_channels_last", "compile")]
+        peers = [timed.get(who) for who in engines]
         times = [f"{peer['median_s'] * 1e3:.1f}" if peer else "" for peer in [*peers, row.entry]]
         lines.append(
             [
@@ -164,9 +176,7 @@ def _models(models: Sequence[Row]) -> str:
         "",
         ">threads",
         "layout",
-        ">torch NCHW, ms",
-        ">torch NHWC",
-        ">torch.compile",
+        *(f">{_ENGINES[who]}" for who in engines),
         ">fastconv",
         ">× torch",
     ]

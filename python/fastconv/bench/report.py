@@ -20,6 +20,13 @@ from fastconv.bench.summary import Group, Row, by_layout, chosen, group, grouped
 
 Record = dict[str, Any]
 
+_PEERS = {
+    "torch": "×nchw",
+    "torch_channels_last": "×nhwc",
+    "compile": "×comp",
+    "openvino": "×openvino",
+    "onnxruntime": "×onnxrt",
+}
 _WIDTH = 120
 _NEAR = 1.05  # a choice this close to the fastest is as good: two runs of one kernel differ by as much
 
@@ -94,9 +101,9 @@ class Reporter:
             self.say(f"\n{op} {direction} {part[0].match['dtype']}", "bold")
             micro = any(row.match["run"].startswith("call") for row in part)
             columns = ["shape", "lay", ">T", "kernel", ">µs" if micro else ">ms", ">IQR", *_rate_columns(part)]
-            columns += [">×nchw", ">×nhwc", ">×comp"] if _compiled(part) else [">×nchw", ">×nhwc"]
-            columns += [">err", "note"]
-            self.table(columns, [_cells(row, micro, _compiled(part)) for row in part], [_style(row) for row in part])
+            peers = _peers(part)
+            columns += [*(f">{_PEERS[peer]}" for peer in peers), ">err", "note"]
+            self.table(columns, [_cells(row, micro, peers) for row in part], [_style(row) for row in part])
 
     def summary(self, document: Record) -> None:
         """Geometric means, weighted totals, the share of layers slower than torch, and each of those by name."""
@@ -159,18 +166,19 @@ def _by_bytes(row: Row) -> bool:
     return not row.match["flops"]
 
 
-def _compiled(part: Sequence[Row]) -> bool:
-    return any("compile" in row.entry.get("ratios", {}) for row in part)
+def _peers(part: Sequence[Row]) -> list[str]:
+    """torch's two formats, and the other peers that were timed."""
+    timed = {peer for row in part for peer in row.entry.get("ratios", {})}
+    return [peer for peer in _PEERS if peer in timed or peer in ("torch", "torch_channels_last")]
 
 
-def _cells(row: Row, micro: bool, compiled: bool) -> list[str]:
+def _cells(row: Row, micro: bool, peers: Sequence[str]) -> list[str]:
     entry, ratios = row.entry, row.entry.get("ratios", {})
     if not row.ok:
-        blanks = [""] * (7 + compiled)
+        blanks = [""] * (5 + len(peers))
         return [*_identity(row), row.kernel, entry["status"].upper(), *blanks[:-1], entry["reason"]]
     rate, share = ("gbs", "copy_share") if _by_bytes(row) else ("gflops", "peak_share")
     error = entry["error"].get("ratio_to_torch")
-    ratios_shown = ["torch", "torch_channels_last"] + ["compile"] * compiled
     return [
         *_identity(row),
         row.kernel,
@@ -178,7 +186,7 @@ def _cells(row: Row, micro: bool, compiled: bool) -> list[str]:
         f"{entry['iqr_share']:.0%}",
         "" if entry[rate] is None else f"{entry[rate]:.1f}",
         "" if entry[share] is None else f"{entry[share]:.0%}",
-        *(_ratio(ratios.get(peer)) for peer in ratios_shown),
+        *(_ratio(ratios.get(peer)) for peer in peers),
         "exact" if entry["error"]["rel_l2"] == 0 else "" if error is None else f"{error:.2f}",
         _note(row),
     ]

@@ -17,8 +17,14 @@ from fastconv.bench.cases import Call, Case
 from fastconv.plan import observe
 from fastconv.testing.timing import Contestant, Probe, Protocol, Samples, describe, interleave
 
-PEERS = {"torch": "nchw", "torch_channels_last": "nhwc", "compile": "nhwc"}
-"""Peers and the layout each is given."""
+PEERS = {
+    "torch": "nchw",
+    "torch_channels_last": "nhwc",
+    "compile": "nhwc",
+    "openvino": "nchw",
+    "onnxruntime": "nchw",
+}
+"""Peers and the layout each is given; engines choose their own inside."""
 
 EAGER = ("torch", "torch_channels_last")
 """What "the better of torch's two formats" chooses from."""
@@ -160,6 +166,8 @@ def _enter(case: Case, record: Record, forced: dict[str, str]) -> _Entry:
         call = case.fastconv_call(layout)
     elif record["who"] == "compile":
         call = case.compiled_call(layout)
+    elif record["who"] not in EAGER:
+        call = case.engine_call(record["who"], record["threads"])
     else:
         call = case.torch_call(layout)
     return _Entry(record, call, forced, case.records_gradient)

@@ -15,6 +15,7 @@ operands' dtype or of the one that they are computed in, which bias and sink hav
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -102,7 +103,7 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((B, H, L, v.shape[3]))
 
 
-def _row_numbers(q: Tensor) -> Tensor:
+def row_numbers(q: Tensor) -> Tensor:
     """An empty log-sum-exp (B, Hq, Lq)."""
     return q.new_empty(q.shape[:3], dtype=computed_in(q.dtype))
 
@@ -116,15 +117,20 @@ def _whole_sink(sink: MaybeTensor, q: Tensor) -> MaybeTensor:
 
 
 def _fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    lse = _row_numbers(inputs[0])
-    return _run(Operands(*inputs[:6]), Options(*inputs[6:]), lse), lse
+    lse = row_numbers(inputs[0])
+    return forward(Operands(*inputs[:6]), Options(*inputs[6:]), lse), lse
 
 
-def _run(given: Operands, options: Options, lse: MaybeTensor) -> Tensor:
+# What answers (op, options, operands by name) with something that executes, or None where there is nothing to compute.
+Find: TypeAlias = Callable[[str, Options, dict[str, MaybeTensor]], Any]
+
+
+def forward(given: Operands, options: Options, lse: MaybeTensor, find: Find = _find) -> Tensor:
+    """The outputs; writes their log-sum-exps where there is a place for them."""
     q, k, v, mask, bias, sink = given
     mask, out = _expanded(mask, q, k), _output(q, v)
     bias, sink = _whole_bias(bias, q), _whole_sink(sink, q)
-    made = _find("sdpa_fwd", options, {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "out": out})
+    made = find("sdpa_fwd", options, {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "out": out})
     if made is not None:
         made.execute(*_addresses(q, k, v, mask, out, lse, None, None, None, None, None, None, bias, sink, None))
     return out
@@ -138,7 +144,7 @@ def _addresses(*tensors: MaybeTensor) -> tuple[int, ...]:
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _bwd(dout: Tensor, dlse: MaybeTensor, *rest: Any) -> Gradients:
+def gradients(dout: Tensor, dlse: MaybeTensor, *rest: Any, find: Find = _find) -> Gradients:
     """The gradients of all operands; those of mask, bias and sink where `wanted` says so, else empty."""
     given, out, lse, wanted, options = Operands(*rest[:6]), rest[6], rest[7], rest[8], Options(*rest[9:])
     q, k, v, mask, bias, sink = given
@@ -161,7 +167,7 @@ def _bwd(dout: Tensor, dlse: MaybeTensor, *rest: Any) -> Gradients:
         "dk": dk,
         "dv": dv,
     }
-    made = _find("sdpa_bwd", options, operands)
+    made = find("sdpa_bwd", options, operands)
     if made is None:
         for t in (dq, dk, dv, dmask, dbias):
             if t is not None:
@@ -251,11 +257,11 @@ def _bwd_impl(dout: Tensor, dlse: MaybeTensor, *rest: Any) -> Gradients:
     check_shape("sdpa_bwd", "lse", lse.shape, tuple(q.shape[:3]))
     if dlse is not None:
         check_shape("sdpa_bwd", "dlse", dlse.shape, tuple(q.shape[:3]))
-    return _bwd(dout, dlse, *rest)
+    return gradients(dout, dlse, *rest)
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _output(q, v), _row_numbers(q)
+    return _output(q, v), row_numbers(q)
 
 
 def _bwd_fake(dout: Tensor, dlse: MaybeTensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
@@ -328,7 +334,7 @@ class _Sdpa(Function):
 class _SdpaBackward(Function):
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return run(_bwd, _ops.sdpa_bwd, inputs[:10], *inputs[10:])
+        return run(gradients, _ops.sdpa_bwd, inputs[:10], *inputs[10:])
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Any) -> None:
@@ -361,7 +367,7 @@ class _SdpaBackward(Function):
 
 
 def _backward(*inputs: Any) -> Any:
-    return call(_SdpaBackward, _bwd, _ops.sdpa_bwd, inputs[:10], *inputs[10:])
+    return call(_SdpaBackward, gradients, _ops.sdpa_bwd, inputs[:10], *inputs[10:])
 
 
 derive("sdpa_fwd", _Sdpa, _Sdpa.vmap, library)
@@ -379,7 +385,7 @@ def sdpa(given: Operands, options: Options) -> tuple[Tensor, Tensor]:
 def sdpa_out(given: Operands, options: Options) -> Tensor:
     """The outputs alone: where no derivative needs the log-sum-exp, its logarithms are not taken."""
     if way(*given) is KERNEL:
-        return _run(given, options, None)
+        return forward(given, options, None)
     return sdpa(given, options)[0]
 
 

@@ -279,8 +279,18 @@ class _Errors:
         return tolerance.bound(self.sizes + 1, dtype) + self.lse(dtype) + 8 * eps
 
 
-def sdpa_truth(op: str, case: SdpaCase, inputs: Arrays) -> tuple[Arrays, Allowed]:
-    """The expected outputs, and the error allowed to each."""
+Rounding = Callable[[str, str], Array | float]
+
+
+def _rounded(sizes: Array, half: str, summed: Array) -> Array:
+    """The error of sizes @ summed where tensor cores get the left one as halves: half a unit in the last place of each."""
+    eps, least = tolerance.HALVES[half]
+    error: Array = np.where(sizes > 0, eps / 2 * sizes + least / 2, 0.0) @ np.abs(summed)
+    return error
+
+
+def sdpa_truth(op: str, case: SdpaCase, inputs: Arrays) -> tuple[Arrays, Allowed, Rounding]:
+    """The expected outputs, the error allowed to each, and what rounding weights to halves on their way adds."""
     q, k, v, mask = inputs["q"], inputs["k"], inputs["v"], inputs.get("mask")
     errors = _Errors(case, inputs, reference.sdpa(q, k, v, mask, **_options(case, inputs)))
     if op == "sdpa_bwd":
@@ -294,10 +304,14 @@ def sdpa_truth(op: str, case: SdpaCase, inputs: Arrays) -> tuple[Arrays, Allowed
         result: Array = (a.weights * errors.factors * errors.weights(dtype) + least) @ errors.shared(np.abs(v)) + least
         return result
 
-    return {"out": a.out, "lse": a.lse[..., None]}, allowed
+    def rounding(name: str, half: str) -> Array | float:
+        # Beside a row's largest weight, which is 1, those that a half cannot hold are lost.
+        return 0.0 if name == "lse" else _rounded(a.weights * errors.factors, half, errors.shared(v))
+
+    return {"out": a.out, "lse": a.lse[..., None]}, allowed, rounding
 
 
-def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Arrays, Allowed]:
+def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Arrays, Allowed, Rounding]:
     """ds = p (dp - delta): the error of p, and those of dp and delta, which are sums of products with dout."""
     q, k, v, dout = inputs["q"], inputs["k"], inputs["v"], inputs["dout"]
     dlse = inputs["dlse"][..., 0]
@@ -338,8 +352,16 @@ def _gradient_truth(case: SdpaCase, inputs: Arrays, errors: _Errors) -> tuple[Ar
         )
         return by_key + least
 
+    def rounding(name: str, half: str) -> Array | float:
+        if name == "dv":
+            return errors.gathered(_rounded((a.weights * factors).swapaxes(2, 3), half, dout))
+        ds = a.weights * np.abs(dp - delta[..., None])
+        if name == "dk":
+            return abs(case.factor) * errors.gathered(_rounded(ds.swapaxes(2, 3), half, q))
+        return abs(case.factor) * _rounded(ds, half, errors.shared(k)) if name == "dq" else 0.0
+
     named = dict(zip(("dq", "dk", "dv", "dmask"), gradients, strict=True))
-    return named | {"dbias": reference.along_distances(named["dmask"])[:, :, None]}, allowed
+    return named | {"dbias": reference.along_distances(named["dmask"])[:, :, None]}, allowed, rounding
 
 
 def _grid() -> Iterator[SdpaCase]:

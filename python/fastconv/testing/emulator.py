@@ -23,6 +23,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 _i64, _i32 = ctypes.c_int64, ctypes.c_int32
 _DTYPES = ("f32", "f64", "bf16", "f16")
+_MASKS = ("none", "boolean", "additive", "wide")
 _ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "sigmoid")
 
 
@@ -67,6 +68,33 @@ class _Pool2d(ctypes.Structure):
     )
 
 
+class _RelativeBias(ctypes.Structure):
+    _fields_ = (("given", ctypes.c_bool), *_numbers("b", "h", "distance"))
+
+
+class _Dropout(ctypes.Structure):
+    _fields_ = (("p", ctypes.c_double), ("key", _i64))
+
+
+class _Sdpa(ctypes.Structure):
+    _fields_ = (
+        ("dtype", _i32),
+        *_numbers("B", "Hq", "Hkv", "Lq", "Lkv", "D", "Dv"),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("mask_kind", _i32),
+        ("bias", _RelativeBias),
+        ("band", _i64 * 2),
+        ("dropout", _Dropout),
+        ("strides", _i64 * 4 * 5),
+        ("gradient_strides", _i64 * 4 * 4),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("dtype", _i32), *_numbers("N", "C"), ("eps", ctypes.c_double))
+
+
 def _conv2d(
     *, dtype: str, stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int], x: Sequence[int], w: Sequence[int],
     y: Sequence[int], bias: bool = False, residual: bool = False, activation: str = "none", frozen: bool = False, **sizes: int,
@@ -86,6 +114,25 @@ def _pool2d(
         dtype=_DTYPES.index(dtype), **rest, stride_h=stride[0], stride_w=stride[1], pad_top=pad[0], pad_bottom=pad[1],
         pad_left=pad[2], pad_right=pad[3], dilation_h=dilation[0], dilation_w=dilation[1], x=tuple(x), y=tuple(y),
     )  # fmt: skip
+
+
+def _sdpa(
+    *, dtype: str, band: Sequence[int], strides: Sequence[Sequence[int]], softcap: float = 0.0, mask_kind: str = "none",
+    dropout: float = 0.0, key: int = 0, gradient_strides: Sequence[Sequence[int]] = ((0,) * 4,) * 4,
+    bias: Sequence[int] | None = None, **rest: Any,
+) -> _Sdpa:  # fmt: skip
+    def fours(found: Sequence[Sequence[int]]) -> Any:
+        return (_i64 * 4 * len(found))(*((_i64 * 4)(*four) for four in found))
+
+    return _Sdpa(
+        dtype=_DTYPES.index(dtype), **rest, softcap=softcap, mask_kind=_MASKS.index(mask_kind),
+        bias=_RelativeBias(bias is not None, *(bias or (0, 0, 0))), band=tuple(band), dropout=_Dropout(dropout, key),
+        strides=fours(strides), gradient_strides=fours(gradient_strides),
+    )  # fmt: skip
+
+
+def _norm(*, dtype: str, N: int, C: int, eps: float) -> _Norm:
+    return _Norm(dtype=_DTYPES.index(dtype), N=N, C=C, eps=eps)
 
 
 # ---- The module -------------------------------------------------------------------------------------------------------------
@@ -119,6 +166,11 @@ class _Plan:
     def run_pool2d(self, x: int, y: int, indices: int, workspace: int = 0, stream: int = 0) -> None:
         self._run(workspace, x, y, indices)
 
+    def run_sdpa(self, addresses: Sequence[int], workspace: int = 0, stream: int = 0) -> None:
+        self._run(workspace, *addresses)
+
+    run_norm = run_sdpa
+
 
 class Emulator:
     """Answers what the harness asks of the compiled module, for the kernels whose target is sm80.
@@ -128,6 +180,8 @@ class Emulator:
 
     Conv2dProblem = staticmethod(_conv2d)
     Pool2dProblem = staticmethod(_pool2d)
+    SdpaProblem = staticmethod(_sdpa)
+    NormProblem = staticmethod(_norm)
 
     def __init__(self, path: Path, seed: int = 0) -> None:
         self.library: Any = ctypes.CDLL(str(path))
@@ -138,7 +192,8 @@ class Emulator:
         ):  # fmt: skip
             getattr(self.library, f"emulator_{name}").restype = result
         self.library.emulator_run.argtypes = (ctypes.c_int, *(ctypes.c_void_p,) * 3, ctypes.c_uint64)
-        for problem, structure in ((b"conv2d", _Conv2d), (b"pool2d", _Pool2d)):
+        structures = {b"conv2d": _Conv2d, b"pool2d": _Pool2d, b"sdpa": _Sdpa, b"norm": _Norm}
+        for problem, structure in structures.items():
             if self.library.emulator_size(problem) != ctypes.sizeof(structure):
                 raise RuntimeError(
                     f"{structure.__name__} is not laid out as core/problem.h's {problem.decode()} problem"
@@ -175,13 +230,13 @@ class Emulator:
 
 
 def build(
-    root: Path, cache: Path, *, sanitize: bool = False, edits: Mapping[str, tuple[str, str]] | None = None, only: str = ""
+    root: Path, cache: Path, *, sanitize: bool = False, edits: Mapping[str, tuple[str, ...]] | None = None, only: str = ""
 ) -> Path:  # fmt: skip
     """The library of all CUDA kernels under `root`, built in `cache` where it is not there yet.
 
-    `edits` breaks kernels on purpose: {path below root: (text, replacement)}, applied to copies, and seen by the kernel `only`
-    ("op.algorithm"; by all without it). Raises RuntimeError with the compiler's words where it fails, and ValueError where a
-    text to replace is not there exactly once.
+    `edits` breaks kernels on purpose: {path below root: (text, replacement, text, ...)}, applied to copies, and seen by the
+    kernel `only` ("op.algorithm"; by all without it). Raises RuntimeError with the compiler's words where it fails, and
+    ValueError where a text to replace is not there exactly once.
     """
     command = compiler()
     if command is None:
@@ -225,11 +280,13 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
-def _edited(path: Path, text: str, replacement: str) -> str:
+def _edited(path: Path, *texts: str) -> str:
     source = path.read_text()
-    if source.count(text) != 1:
-        raise ValueError(f"{path.name}: {text!r} is there {source.count(text)} times, expected once")
-    return source.replace(text, replacement)
+    for text, replacement in zip(texts[::2], texts[1::2], strict=True):
+        if source.count(text) != 1:
+            raise ValueError(f"{path.name}: {text!r} is there {source.count(text)} times, expected once")
+        source = source.replace(text, replacement)
+    return source
 
 
 def _run(*command: str, made: Path) -> None:

@@ -159,12 +159,14 @@ def max_pool_truth(case: PoolCase, x: Array) -> tuple[Array, NDArray[np.int64]]:
 @dataclass
 class Truth:
     """What an op must give: the expected outputs, and for each the error allowed to a dtype with a plain sum's
-    rounding. ``norm`` is the L2 norm that relative errors refer to, where it is not the output's own.
+    rounding. ``norm`` is the L2 norm that relative errors refer to, where it is not the output's own. ``rounding`` is what
+    tensor cores add, to which intermediate results go as halves.
     """
 
     outputs: Arrays
     allowed: Callable[[str, np.dtype[Any]], Array | float]
     norm: float | None = None
+    rounding: Callable[[str, str], Array | float] | None = None
 
 
 def _conv_truth(op: str, case: ConvCase, inputs: Arrays) -> Truth:
@@ -226,10 +228,11 @@ def problem_data(op: str, case: Case, values: fill.Fill = fill.normal, dtype: st
 def _problem_data(op: str, case: Case, values: fill.Fill, dtype: str) -> tuple[Arrays, Truth]:
     if isinstance(case, SdpaCase):
         inputs = sdpa_inputs(op, case, values, dtype)
-        return inputs, Truth(*sdpa_truth(op, case, inputs))
+        outputs, allowed, rounding = sdpa_truth(op, case, inputs)
+        return inputs, Truth(outputs, allowed, rounding=rounding)
     if isinstance(case, NormCase):
-        inputs = make_inputs(op, case, values)
-        return inputs, Truth(*norm_truth(op, case, inputs))
+        inputs = norm_inputs(op, case, values, dtype)
+        return inputs, Truth(*norm_truth(op, case, inputs, dtype))
     inputs = {n: v if n == "indices" else tolerance.stored(v, dtype) for n, v in make_inputs(op, case, values).items()}
     with np.errstate(invalid="ignore"):
         truth = _conv_truth(op, case, inputs) if isinstance(case, ConvCase) else _pool_truth(op, case, inputs)
@@ -322,8 +325,8 @@ def run(
 
 def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> dict[str, Operand]:
     kind = NUMPY_DTYPES[dtype]
+    wide = np.dtype(np.float32) if dtype in tolerance.HALVES else kind
     if isinstance(case, SdpaCase):
-        wide = np.dtype(np.float32) if dtype in tolerance.HALVES else kind
         kinds = {name: kind if name in case.stored else wide for name in case.operands(op)}
         kinds |= {"mask": np.dtype(np.bool_)} if case.boolean and case.mask else {}
         data = dict(inputs)
@@ -332,8 +335,11 @@ def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> 
         with np.errstate(over="ignore"):  # large neighbours, in f16
             return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, data.get(n)) for n in kinds}
     if isinstance(case, NormCase):
-        names = case.operands(op)
-        return {n: Operand.make(case.shape(n), kind, "nchw", place, inputs.get(n)) for n in names}
+        kinds = {n: kind if n in case.stored else wide for n in case.operands(op)}
+        data = dict(inputs)
+        if dtype == "bf16":
+            data |= {n: tolerance.encode_bf16(v) for n, v in inputs.items() if n in case.stored}
+        return {n: Operand.make(case.shape(n), kinds[n], "nchw", place, data.get(n)) for n in kinds}
     x_format, w_format, y_format = LAYOUTS[case.layout]
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any], str]] = {
         "x": (case.x_shape, kind, x_format),
@@ -389,7 +395,9 @@ def check(
             # float16 is not computed in, and neither is what arrives as the float32 that bf16 was computed in.
             computed = np.dtype(np.float32) if dtype in tolerance.HALVES else got.dtype
             limit: Any = 0.0 if exact else truth.allowed(output, computed)
-            halved = output in case.stored if isinstance(case, SdpaCase) else output != "indices"
+            halved = output in case.stored if isinstance(case, (SdpaCase, NormCase)) else output != "indices"
+            if dtype in tolerance.HALVES and name.endswith(".sm80") and truth.rounding and not exact:
+                limit = limit + truth.rounding(output, dtype)
             if dtype in tolerance.HALVES and halved and not exact:
                 limit = tolerance.storing(expected, limit, dtype)
             mismatch = tolerance.compare(got, expected, limit)

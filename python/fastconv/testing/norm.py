@@ -56,6 +56,11 @@ class NormCase:
         gradients = ("dgamma",) * self.gamma + ("dbeta",) * self.beta
         return ("x", "mean", "rstd", *gamma, "dy", *("dsum",) * self.residual, "dx", *gradients)
 
+    @property
+    def stored(self) -> frozenset[str]:
+        """The operands of the problem's own dtype; the others have the one that is computed in."""
+        return frozenset(OPERANDS) - {"mean", "rstd"}
+
     def __str__(self) -> str:
         return "+".join(
             [f"rows{self.N}x{self.C}", *(name for name in ("residual", "gamma", "beta") if getattr(self, name))]
@@ -76,10 +81,11 @@ def native_norm(native: Any, case: NormCase, dtype: str) -> Any:
     return native.NormProblem(dtype=dtype, N=case.N, C=case.C, eps=EPS)
 
 
-def norm_inputs(op: str, case: NormCase, values: fill.Fill) -> Arrays:
-    """Logical arrays of what the op reads."""
+def norm_inputs(op: str, case: NormCase, values: fill.Fill, dtype: str = "f32") -> Arrays:
+    """Logical arrays of what the op reads, as the dtype holds them."""
     names = ("x", "residual", "gamma", "beta") if op == "layer_norm_fwd" else ("x", "gamma", "dy", "dsum")
-    inputs: Arrays = {n: values(f"{case}{n}", case.shape(n)) for n in names if n in case.operands(op)}
+    found = {n: values(f"{case}{n}", case.shape(n)) for n in names if n in case.operands(op)}
+    inputs: Arrays = {n: tolerance.stored(value, dtype) for n, value in found.items()}
     if op == "layer_norm_bwd":
         a = reference.layer_norm(_rows(inputs["x"]), eps=EPS)
         inputs |= {"mean": a.mean[..., None, None], "rstd": a.rstd[..., None, None]}
@@ -93,15 +99,18 @@ def _rows(x: NDArray[Any]) -> NDArray[Any]:
 Allowed = Callable[[str, np.dtype[Any]], Array]
 
 
-def norm_truth(op: str, case: NormCase, inputs: Arrays) -> tuple[Arrays, Allowed]:
-    """The expected outputs, and the error allowed to each, to first order in eps.
+def norm_truth(op: str, case: NormCase, inputs: Arrays, dtype: str = "f32") -> tuple[Arrays, Allowed]:
+    """The expected outputs, and the error allowed to each, to first order in eps. Halves normalise the sum that they store.
 
     A distance d from the mean is off by the rounding of its two parts; rstd, relative to itself, by what those errors make of the
     variance, and by the variance's own sum.
     """
     rows = {n: _rows(t) if t.ndim == 4 else t for n, t in inputs.items()}
     residual, gamma = rows.get("residual"), rows.get("gamma")
-    a = reference.layer_norm(rows["x"], gamma, rows.get("beta"), eps=EPS, residual=residual)
+    x, beside = rows["x"], residual
+    if residual is not None and dtype in tolerance.HALVES:
+        x, beside = tolerance.stored(x + residual, dtype), None
+    a = reference.layer_norm(x, gamma, rows.get("beta"), eps=EPS, residual=beside)
     parts = np.abs(rows["x"]) + (0 if residual is None else np.abs(residual))
     mean_size = parts.mean(axis=1, keepdims=True)
     distance = parts + mean_size
