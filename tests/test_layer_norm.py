@@ -248,3 +248,52 @@ def test_which_calls_c_answers() -> None:
         assert quick(x.clone().requires_grad_(), (5,), w, b, 1e-5, None) is not None
     with fastconv.use(layer_norm_fwd="scalar"):
         assert quick(x, (5,), w, b, 1e-5, None) is None
+
+
+# ---- Recorded, in a plain moment -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_recorded_calls_have_the_general_functions_derivatives(form: str, residual: bool) -> None:
+    """Of first and second order; twice, because a recipe that is known takes another way than one that is not."""
+    shape = (4, 5)
+    leaves = [torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    leaves += [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def outputs(norm: Any) -> Any:
+        x, r, w, b = (FORMS[form](t) for t in leaves)
+        return norm(x, r, w, b) if residual else (norm(x, None, w, b),)
+
+    def theirs(x: Tensor, r: Tensor | None, w: Tensor, b: Tensor) -> Any:
+        return F.layer_norm(x, shape, w, b) if r is None else (F.layer_norm(x + r, shape, w, b), x + r)
+
+    def derivatives(norm: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        y = outputs(norm)
+        used = leaves if residual else [leaves[0], *leaves[2:]]
+        first = torch.autograd.grad(y, used, [torch.randn(t.shape, dtype=t.dtype) for t in y], create_graph=True)
+        plain = torch.autograd.grad(outputs(norm)[0].square().sum(), used)
+        second = torch.autograd.grad([(g * g).sum() for g in first], used, allow_unused=True)
+        return [*first, *plain, *(torch.zeros(()) if g is None else g for g in second)]
+
+    expected = derivatives(theirs)
+    for _ in range(2):
+        assert_close(derivatives(lambda x, r, w, b: layer_norm(x, shape, w, b, residual=r)), expected)  # type: ignore[call-overload]
+
+
+def test_a_recorded_call_keeps_what_it_needs_and_computes_what_is_asked() -> None:
+    x, r, w, b = operands(dtype=torch.float32)
+    with fastconv.observe() as records:
+        y = layer_norm(x, (5,), w.detach(), b)
+        _, total = layer_norm(x, (5,), w, b, residual=r)
+        (only,) = torch.autograd.grad(total.sum(), x)
+        (db,) = torch.autograd.grad(y.sum(), b)
+    assert [record.op for record in records] == ["layer_norm_fwd", "layer_norm_fwd", "layer_norm_bwd"]
+    assert_close((only, db), (torch.ones_like(x), torch.full_like(b, 3)))
+    x.data.mul_(2)
+    y = layer_norm(x, (5,), w, b)
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

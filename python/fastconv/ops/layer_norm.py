@@ -30,7 +30,7 @@ MaybeTensor: TypeAlias = Tensor | None
 
 
 @plan.cached
-def _plan(
+def find_plan(
     op: str, shape: tuple[int, int], dtype: torch.dtype, eps: float, threads: int, force: str, strict: bool
 ) -> plan.Plan | None:
     if 0 in shape:
@@ -41,28 +41,28 @@ def _plan(
 
 def _find(op: str, x: Tensor, eps: float) -> plan.Plan | None:
     N, C = x.shape
-    made: plan.Plan | None = _plan(
+    made: plan.Plan | None = find_plan(
         op, (N, C), x.dtype, eps, torch.get_num_threads(), plan.forced.get().get(op, ""), plan.strict
     )
     return made
 
 
-def _address(t: MaybeTensor) -> int:
+def address(t: MaybeTensor) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _contiguous(*tensors: MaybeTensor) -> list[MaybeTensor]:
+def contiguous(*tensors: MaybeTensor) -> list[MaybeTensor]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _fwd(x: Tensor, residual: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor, eps: float) -> tuple[Tensor, ...]:
     x = x.contiguous()
-    residual, weight, bias = _contiguous(residual, weight, bias)
+    residual, weight, bias = contiguous(residual, weight, bias)
     y, mean, rstd = torch.empty_like(x), x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
     total = x.new_empty((0, x.shape[1])) if residual is None else torch.empty_like(x)
     made = _find("layer_norm_fwd", x, eps)
     if made is not None:
-        inputs = x.data_ptr(), _address(residual), _address(weight), _address(bias)
+        inputs = x.data_ptr(), address(residual), address(weight), address(bias)
         made.execute(*inputs, total.data_ptr(), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), 0, 0, 0, 0, 0)
     return y, total, mean, rstd
 
@@ -80,7 +80,7 @@ def _bwd(
     dbias_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, x, mean, rstd = dy.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous()
-    dsum, weight = _contiguous(dsum, weight)
+    dsum, weight = contiguous(dsum, weight)
     dx = torch.empty_like(x) if dx_wanted else x.new_empty((0, x.shape[1]))
     dweight, dbias = (x.new_empty(x.shape[1] if wanted else 0) for wanted in (dweight_wanted, dbias_wanted))
     made = _find("layer_norm_bwd", x, eps)
@@ -88,17 +88,20 @@ def _bwd(
         return dx, dweight.zero_(), dbias.zero_()
     wanted = [t.data_ptr() if w else 0 for t, w in ((dx, dx_wanted), (dweight, dweight_wanted), (dbias, dbias_wanted))]
     made.execute(
-        x.data_ptr(), 0, _address(weight), 0, 0, 0, mean.data_ptr(), rstd.data_ptr(), dy.data_ptr(), _address(dsum), *wanted
+        x.data_ptr(), 0, address(weight), 0, 0, 0, mean.data_ptr(), rstd.data_ptr(), dy.data_ptr(), address(dsum), *wanted
     )  # fmt: skip
     return dx, dweight, dbias
 
 
 class Recipe(NamedTuple):
-    """What a call without derivatives does, worked out once for its shape and options."""
+    """What a call on plain tensors does, worked out once for its shape and options."""
 
     plan: plan.Plan
     y_shape: plan.Shape
     y_strides: plan.Shape
+    matrix: tuple[int, int]  # rows, and the numbers of each
+    columns: plan.Shape  # of weight and bias
+    eps: float
 
 
 @plan.cached
@@ -107,21 +110,24 @@ def recipe(
 ) -> Recipe | None:
     """For an input of this shape that is normalised over its last ``dims`` dimensions; None where there is nothing to compute."""
     cut = len(shape) - dims
-    made = _plan("layer_norm_fwd", (math.prod(shape[:cut]), math.prod(shape[cut:])), dtype, eps, threads, force, strict)
-    return None if made is None else Recipe(made, tuple(shape), contiguous_strides(shape))
+    matrix = math.prod(shape[:cut]), math.prod(shape[cut:])
+    made = find_plan("layer_norm_fwd", matrix, dtype, eps, threads, force, strict)
+    if made is None:
+        return None
+    return Recipe(made, tuple(shape), contiguous_strides(shape), matrix, tuple(shape[cut:]), eps)
 
 
 def follow(
     found: Recipe, x: Tensor, residual: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor
 ) -> tuple[Tensor, MaybeTensor]:
     """y, and the sum where there is a residual."""
-    made, shape, strides = found
+    made, shape, strides, *_ = found
     x = x.contiguous()
-    residual, weight, bias = _contiguous(residual, weight, bias)
+    residual, weight, bias = contiguous(residual, weight, bias)
     y: Tensor = empty_strided(shape, strides, x.dtype)
     total = None if residual is None else empty_strided(shape, strides, x.dtype)
-    inputs = x.data_ptr(), _address(residual), _address(weight), _address(bias)
-    made.execute(*inputs, _address(total), y.data_ptr(), 0, 0, 0, 0, 0, 0, 0)
+    inputs = x.data_ptr(), address(residual), address(weight), address(bias)
+    made.execute(*inputs, address(total), y.data_ptr(), 0, 0, 0, 0, 0, 0, 0)
     return y, total
 
 
@@ -252,7 +258,7 @@ class _LayerNorm(Function):
             return dsum if need_x else None, dsum if need_residual else None, None, None, None
         x, mean, rstd, weight = ctx.saved_tensors
         wants = need_x or need_residual, need_weight, need_bias
-        dx, dweight, dbias = _backward(dy, dsum if wants[0] else None, x, mean, rstd, weight, ctx.eps, *wants)
+        dx, dweight, dbias = backward(dy, dsum if wants[0] else None, x, mean, rstd, weight, ctx.eps, *wants)
         return (
             dx if need_x else None,
             dx if need_residual else None,
@@ -338,12 +344,13 @@ class _LayerNormBackward(Function):
         if in_dims[5] is not None:
             dy, weight = dy * weight.movedim(in_dims[5], 0)[:, None], None
         merged = (_merge(t) for t in (dy, dsum, x, mean, rstd))
-        dx, _, _ = _backward(*merged, weight, eps, dx_wanted, False, False)
+        dx, _, _ = backward(*merged, weight, eps, dx_wanted, False, False)
         dx, kept = (_split(info, dx), 0) if dx_wanted else (dx, None)
         return (dx, dweight, dbias), (kept, 0, 0)
 
 
-def _backward(*inputs: Any) -> Any:
+def backward(*inputs: Any) -> Any:
+    """dx, dweight and dbias of rows (N, C), with derivatives; the arguments are those of layer_norm_bwd."""
     return call(_LayerNormBackward, _bwd, _ops.layer_norm_bwd, inputs[:6], *inputs[6:])
 
 
