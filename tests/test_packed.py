@@ -10,11 +10,14 @@ import pytest
 import torch
 
 import fastconv
+from fastconv import _fused
+from fastconv.ops import _eager
 from fastconv.ops._conv2d_kernels import run_frozen
 from fastconv.ops._packed import PackedFilters
 from fastconv.testing import harness
 from fastconv.testing.problems import ConvCase
 
+needs_eager = pytest.mark.skipif(not _eager.connected, reason="this torch has no DLPack exchange API")
 KERNELS = sorted({k.name for k in fastconv.kernels("conv2d_fwd") if k.runnable})
 
 
@@ -53,6 +56,48 @@ def test_they_are_made_once_and_again_when_the_weight_changes() -> None:
         assert torch.equal(frozen(x, w, kept), 2 * first)
         assert torch.equal(frozen(x, w / 2, kept), first)
         assert len(kept._kept) == 1
+
+
+def eager(x: torch.Tensor, w: torch.Tensor, kept: PackedFilters) -> torch.Tensor:
+    """The call in one C function, which must not leave it to Python here."""
+    y = _fused._eager_conv2d(x, w, None, None, kept, (1, 1), (1, 1, 1, 1), (1, 1), 1, "none")
+    assert y is not None
+    return y
+
+
+@needs_eager
+@pytest.mark.parametrize("inference", [False, True])
+def test_calls_in_c_find_them_and_see_writes(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        x, w = torch.randn(1, 32, 6, 6).contiguous(memory_format=torch.channels_last), torch.randn(32, 32, 3, 3)
+        kept, other = PackedFilters(), PackedFilters()
+        first = eager(x, w, kept)
+        torch.testing.assert_close(first, torch.nn.functional.conv2d(x, w, padding=1), rtol=1e-4, atol=1e-4)
+        (packed,) = kept.by_recipe.values()
+        assert torch.equal(eager(x, w, kept), first)
+        assert next(iter(kept.by_recipe.values())) is packed
+        assert torch.equal(eager(x, w, other), first)
+        assert torch.equal(eager(x, w * 2, kept), 2 * first)
+        if not inference:  # whose tensors torch keeps no count of
+            w.mul_(4)
+            assert torch.equal(eager(x, w, kept), 4 * first)
+            assert torch.equal(eager(x, w, other), 4 * first)
+
+
+@needs_eager
+def test_calls_that_are_not_the_usual_ones_are_left_to_python() -> None:
+    x, w = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
+    call = _fused._eager_conv2d
+    geometry = (1, 1), (1, 1, 1, 1), (1, 1), 1
+    kept = PackedFilters()
+    assert call(x, w, None, None, kept, *geometry, "none") is not None
+    assert call(x.clone().requires_grad_(), w, None, None, kept, *geometry, "none") is None
+    assert call(x, w.double(), None, None, kept, *geometry, "none") is None
+    assert call(x, w, None, torch.randn(1, 4, 6, 5), kept, *geometry, "none") is None
+    assert call(x, w, None, None, kept, *geometry, "no such activation") is None
+    assert call(x, w[:, :3], None, None, kept, *geometry, "none") is None
+    with torch.amp.autocast("cpu"):
+        assert call(x, w, None, None, kept, *geometry, "none") is None
 
 
 def test_each_order_is_kept() -> None:
