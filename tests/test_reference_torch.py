@@ -23,7 +23,9 @@ def torch_conv(case: ConvCase, x: torch.Tensor, w: torch.Tensor, bias: torch.Ten
 
 
 def torch_activation(z: torch.Tensor, name: str) -> torch.Tensor:
-    return z if name == "none" else torch.sigmoid(z) if name == "sigmoid" else getattr(functional, name)(z)
+    if name in ("none", "sigmoid"):
+        return z if name == "none" else torch.sigmoid(z)
+    return functional.gelu(z, approximate="tanh") if name == "gelu_tanh" else getattr(functional, name)(z)
 
 
 def test_convolutions_and_their_gradients() -> None:

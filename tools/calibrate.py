@@ -178,7 +178,7 @@ def best_target() -> str:
 
 def measure(args: argparse.Namespace) -> None:
     document = json.loads(args.file.read_text()) if args.file.exists() else {"layers": {}}
-    document["context"] = collect(["tools/calibrate.py"], 0)
+    document["context"] = collect([], 0) | {"command": "tools/calibrate.py measure"}
     rng = random.Random(0)
     layouts = {key: shape for shape in distinct_layers(args.models) for key in [short(shape)]}
     todo = [
@@ -300,6 +300,12 @@ def penalty(found: Sequence[Verdict], factors: Seconds) -> float:
     return total
 
 
+def _exactness_kept(factors: Seconds) -> bool:
+    """Larger Winograd tiles are less exact: they are not favoured over smaller ones for a few percent of time."""
+    tiles = [factors.get(f"winograd_f{m}x3", 1.0) for m in (2, 4, 6)]
+    return 1 <= tiles[0] <= tiles[1] <= tiles[2]
+
+
 def fitted(found: Sequence[Verdict]) -> Seconds:
     """Factors for the algorithms of one op and layout, by coordinate descent in ever smaller steps."""
     factors = dict.fromkeys(sorted({algorithm for v in found for algorithm in v.times}), 1.0)
@@ -311,8 +317,8 @@ def fitted(found: Sequence[Verdict]) -> Seconds:
             for algorithm in factors:
                 for ratio in (step, 1 / step):
                     tried = factors | {algorithm: factors[algorithm] * ratio}
-                    if algorithm.startswith("winograd") and tried[algorithm] < 1:
-                        continue  # the less exact algorithms are not favoured for a few percent of time
+                    if not _exactness_kept(tried):
+                        continue
                     if (value := penalty(found, tried)) < best - 1e-9:
                         factors, best, improved = tried, value, True
     return factors
