@@ -93,8 +93,11 @@ function(fastconv_add_cuda_objects target name architectures)
   # Not the feature cuda_std_20: CMake 3.25 does not know it for compilers that are newer than itself.
   target_compile_options(${name} PRIVATE -Wall -Wextra
                                          "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;-Xfatbin=-compress-all;-Xptxas=-v>")
-  # Registers and spills of every kernel, beside its object, for tools/check_gpu_resources.py.
-  set(launcher ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/collect_resources.py ${CMAKE_CUDA_COMPILER_LAUNCHER})
+  # Registers and spills of every kernel, beside its object, for tools/check_gpu_resources.py. The interpreter of the first
+  # configuration: with another one's path in their command all objects would be built again.
+  set(FASTCONV_COLLECTOR "${Python_EXECUTABLE}" CACHE FILEPATH "Python that keeps the GPU kernels' resource reports")
+  mark_as_advanced(FASTCONV_COLLECTOR)
+  set(launcher ${FASTCONV_COLLECTOR} ${PROJECT_SOURCE_DIR}/cmake/collect_resources.py ${CMAKE_CUDA_COMPILER_LAUNCHER})
   set_target_properties(${name} PROPERTIES CUDA_COMPILER_LAUNCHER "${launcher}")
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${name}>)
 endfunction()
