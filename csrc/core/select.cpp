@@ -83,6 +83,12 @@ double nominal_cost(const std::string&, const Kernel<NormProblem>& kernel, NormP
   return kernel.cost(problem, machine);
 }
 
+double nominal_cost(const std::string&, const Kernel<BatchNormProblem>& kernel, BatchNormProblem problem,
+                    const Machine& machine) {
+  if (!problem.training) problem.N = kNominalBatch;
+  return kernel.cost(problem, machine);
+}
+
 }  // namespace
 
 template <class Problem>
@@ -137,9 +143,11 @@ template std::vector<Candidate> candidates(const std::string&, const Conv2dProbl
 template std::vector<Candidate> candidates(const std::string&, const Pool2dProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const SdpaProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const NormProblem&, const Wish&);
+template std::vector<Candidate> candidates(const std::string&, const BatchNormProblem&, const Wish&);
 template Plan<Conv2dProblem> choose(const std::string&, const Conv2dProblem&, int, const Wish&);
 template Plan<Pool2dProblem> choose(const std::string&, const Pool2dProblem&, int, const Wish&);
 template Plan<SdpaProblem> choose(const std::string&, const SdpaProblem&, int, const Wish&);
 template Plan<NormProblem> choose(const std::string&, const NormProblem&, int, const Wish&);
+template Plan<BatchNormProblem> choose(const std::string&, const BatchNormProblem&, int, const Wish&);
 
 }  // namespace fastconv
