@@ -53,16 +53,26 @@ def test_halves(emulated: emulator.Emulator, name: str) -> None:
 
 
 # Whole chunks of channels that come by asynchronous copies, with tails in every direction; the last two gather one operand each.
+TILES = (
+    "n1c40h7w9k33r3s3u1p1d1g1-nhwc",
+    "n3c104h7w7k72r1s1u1p0d1g1-nhwc",
+    "n2c16h9w8k48r3s5u2p2x1x0x3d2x1g2-nhwc",
+    "n1c24h12w13k8r7s7u2p3d1g1-slice",
+    "n1c40h7w9k16r3s3u1p1d1g1-nhwc_kcrs",
+    "n1c41h7w9k16r3s3u1p1d1g1-nhwc",
+)
+# A filter gradient sums over 429 pixels in two parts; groups; a gathered x; both gathered, with channels and filters to spare.
+WGRAD_TILES = (
+    "n3c24h11w13k72r3s3u1p1d1g1-nhwc+bias",
+    "n2c16h9w8k48r3s5u2p2x1x0x3d2x1g2-nhwc+bias",
+    "n1c3h12w13k16r7s7u2p3d1g1-nhwc+bias",
+    "n2c41h7w9k33r1s1u1p0d1g1-nchw+bias",
+)
+
+
 @pytest.mark.parametrize("name", [name for name in KERNELS if "implicit_gemm" in name])
 def test_tensor_core_tiles(emulated: emulator.Emulator, name: str) -> None:
-    cases = (
-        "n1c40h7w9k33r3s3u1p1d1g1-nhwc",
-        "n3c104h7w7k72r1s1u1p0d1g1-nhwc",
-        "n2c16h9w8k48r3s5u2p2x1x0x3d2x1g2-nhwc",
-        "n1c24h12w13k8r7s7u2p3d1g1-slice",
-        "n1c40h7w9k16r3s3u1p1d1g1-nhwc_kcrs",
-        "n1c41h7w9k16r3s3u1p1d1g1-nhwc",
-    )
+    cases = WGRAD_TILES if "wgrad" in name else TILES
     for seed, case in enumerate(cases[::SPARSE]):
         emulated.seed = seed
         harness.check(name, parse(case), place="low")
@@ -86,14 +96,14 @@ def test_pooling_of_nan_and_infinity(emulated: emulator.Emulator, name: str) -> 
     harness.check_all(name, harness.accepted(name)[3 :: 23 * SPARSE], fill.with_specials)
 
 
-@pytest.mark.parametrize("name", F32)
+@pytest.mark.parametrize("name", [*F32, "conv2d_wgrad.implicit_gemm.bf16.sm80"])
 def test_bits_depend_on_no_schedule(emulated: emulator.Emulator, name: str) -> None:
-    op = name.split(".")[0]
+    op, _, dtype, _ = name.split(".")
     case = max(harness.accepted(name)[::40], key=lambda c: str(c).count("nhwc"))
-    inputs, _ = harness.problem_data(op, case)
+    inputs, _ = harness.problem_data(op, case, dtype=dtype)
     seen = set()
     for emulated.seed in range(3):
-        result = harness.run(op, case, "f32", inputs, force=name)
+        result = harness.run(op, case, dtype, inputs, force=name)
         seen.add(tuple(np.ascontiguousarray(out).tobytes() for out in result.outputs.values()))
     assert len(seen) == 1
 
@@ -178,6 +188,30 @@ MUTANTS = {
         "    __syncthreads();  // everybody's part",
         "    // everybody's part",
         "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
+    ),
+    "a pixel of the next part": (
+        "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",
+        "if (n >= end) return",
+        "if (n > end) return",
+        "conv2d_wgrad.implicit_gemm.bf16 n2c8h12w12k8r1s1u1p0d1g1-nhwc",
+    ),
+    "places that are read before they are there": (
+        "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",
+        "  __syncthreads();  // the first places",
+        "  // the first places",
+        "conv2d_wgrad.implicit_gemm.bf16 n2c8h12w12k8r1s1u1p0d1g1-nhwc",
+    ),
+    "places that are overwritten while they are read": (
+        "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",
+        "shared.places[step % kStages][lane]",
+        "shared.places[next % kStages][lane]",
+        "conv2d_wgrad.implicit_gemm.bf16 n2c8h12w12k8r1s1u1p0d1g1-nhwc",
+    ),
+    "gradients of another filter": (
+        "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",
+        "(warp_m + i * 16) / kChunk + lane / 8 % 2",
+        "((warp_m + i * 16) / kChunk + lane / 8 % 2) ^ 1",
+        "conv2d_wgrad.implicit_gemm.bf16 n2c8h12w12k16r1s1u1p0d1g1-nhwc",
     ),
     "shared memory that was never asked for": (
         "csrc/cuda/kernels/conv2d_fwd_direct.cu",

@@ -2,8 +2,8 @@
 // channels_last, where a tap's channels are neighbours and come by asynchronous copies of 16 bytes.
 //
 // A 1x1 convolution is a plain matrix product, and so is a linear layer.
+#include "cuda/blocks/chunks.h"
 #include "cuda/blocks/conv2d.h"
-#include "cuda/blocks/copy.h"
 #include "cuda/blocks/mma.h"
 
 namespace fastconv::sm80 {
@@ -14,7 +14,6 @@ namespace {
 // block gets without asking; three of them are on their way while one is multiplied.
 constexpr int kM = 128, kN = 64, kDepth = 32, kStages = 4, kThreads = 128;
 constexpr int kWarpM = 64, kWarpN = 32;
-constexpr int kChunk = 8;                        // halves of 16 bytes
 constexpr int kChunks = kDepth / kChunk;         // of a row
 constexpr int kRowsAtOnce = kThreads / kChunks;  // that the block's threads bring with one chunk each
 constexpr int kRowsX = kM / kRowsAtOnce, kRowsW = kN / kRowsAtOnce;
@@ -41,20 +40,7 @@ struct Divisors {
   Divisor tiles_m, tiles_n;  // blocks to group, filters, pixels
 };
 
-// --- transform: the slice of one step, brought to shared memory by all threads. A chunk is copied asynchronously where kAsync
-// says that it is 16 aligned bytes, else gathered element by element. Padding and everything past the end is zeros.
-template <bool kAsync, class T>
-FC_DEVICE void bring_chunk(T* to, const T* from, int64_t step, int64_t count, bool exists, const T* anywhere) {
-  if constexpr (kAsync) {
-    copy_async(to, exists && count > 0 ? from : anywhere, exists && count > 0);
-  } else {
-    Pack<T, kChunk> chunk;
-    FC_UNROLL
-    for (int i = 0; i < kChunk; ++i) chunk.v[i] = exists && i < count ? from[i * step] : from_float<T>(0);
-    store_pack(to, chunk);
-  }
-}
-
+// --- transform: the slice of one step, brought to shared memory by all threads. Padding and everything past the end is zeros.
 template <class T, bool kAsyncX, bool kAsyncW>
 struct Operands {
   const Conv2dProblem& a;
