@@ -1,12 +1,10 @@
-// Chunks of 16 bytes of halves, the unit in which tensor core kernels bring their operands to shared memory.
+// Chunks of 16 bytes, kWide<T> elements, the unit in which tensor core kernels bring their operands to shared memory.
 #pragma once
 
 #include "cuda/blocks/copy.h"
 #include "cuda/blocks/element.h"
 
 namespace fastconv::sm80 {
-
-inline constexpr int kChunk = 8;  // halves
 
 // Brings `count` elements, `step` apart in memory, and zeros after them; zeros alone where the chunk does not `exist`. Copied
 // asynchronously where kAsync says that it is 16 aligned bytes or none, else gathered element by element. `anywhere` is an address
@@ -16,9 +14,9 @@ FC_DEVICE void bring_chunk(T* to, const T* from, int64_t step, int64_t count, bo
   if constexpr (kAsync) {
     copy_async(to, exists && count > 0 ? from : anywhere, exists && count > 0);
   } else {
-    Pack<T, kChunk> chunk;
+    Pack<T, kWide<T>> chunk;
     FC_UNROLL
-    for (int i = 0; i < kChunk; ++i) chunk.v[i] = exists && i < count ? from[i * step] : from_float<T>(0);
+    for (int i = 0; i < kWide<T>; ++i) chunk.v[i] = exists && i < count ? from[i * step] : from_float<T>(0);
     store_pack(to, chunk);
   }
 }

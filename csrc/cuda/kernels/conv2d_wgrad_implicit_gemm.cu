@@ -16,6 +16,7 @@ namespace {
 // multiplied, and where their pixels lie are 38 KB: two blocks on an sm_86, four on an sm_80.
 constexpr int kM = 64, kN = 128, kDepth = 32, kStages = 3, kThreads = 128;
 constexpr int kWarpM = 32, kWarpN = 64;
+constexpr int kChunk = kWide<__half>;
 constexpr int kChunksY = kM / kChunk, kChunksX = kN / kChunk;  // of a row, which is a pixel
 static_assert(kM / kWarpM * (kN / kWarpN) * kWarp == kThreads && kDepth == kWarp && kStages * kDepth <= kThreads);
 
