@@ -50,7 +50,9 @@ def test_normal_data_within_the_rounding_of_its_sums(
 
 @pytest.mark.parametrize("name", sorted(set(KERNELS) - set(F32)))
 def test_halves_and_tf32(emulated: emulator.Emulator, name: str) -> None:
-    harness.check_all(name, harness.accepted(name)[:: 37 * SPARSE], place="low")
+    # An emulated product on the tensor cores costs a hundred on the FMA units, and a filter gradient has most of them.
+    sparse = SPARSE * (4 if "wgrad.implicit_gemm" in name else 1)
+    harness.check_all(name, harness.accepted(name)[:: 37 * sparse], place="low")
 
 
 # Whole chunks of channels that come by asynchronous copies, with tails in every direction; the last two gather one operand each.
@@ -197,11 +199,11 @@ MUTANTS = {
         "",
         "conv2d_fwd.implicit_gemm.f32 n1c16h5w5k8r1s1u1p0d1g1-nhwc",
     ),
-    "a pixel of the next part": (
+    "a pixel too many": (
         "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",
         "if (n >= end) return",
         "if (n > end) return",
-        "conv2d_wgrad.implicit_gemm.bf16 n2c8h12w12k8r1s1u1p0d1g1-nhwc",
+        "conv2d_wgrad.implicit_gemm.bf16 n2c8h11w12k8r1s1u1p0d1g1-nhwc",
     ),
     "places that are read before they are there": (
         "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",

@@ -30,8 +30,9 @@ def allows_tf32(product: str) -> bool:
 
     `torch.backends.cudnn.allow_tf32` and `torch.backends.cuda.matmul.allow_tf32` set these two.
     """
-    cuda = torch.backends.cudnn.conv if product == "conv" else torch.backends.cuda.matmul
-    return bool(cuda.fp32_precision == "tf32")
+    backends: Any = torch.backends
+    switch = backends.cudnn.conv if product == "conv" else backends.cuda.matmul
+    return bool(switch.fp32_precision == "tf32")
 
 
 def stream(device: int) -> int:

@@ -114,7 +114,8 @@ inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint3
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 8; ++k) {
-      const float x = value(all.lane[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]), y = value(all.lane[column * 4 + k % 4].b[k / 4]);
+      const float x = value(all.lane[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]),
+                  y = value(all.lane[column * 4 + k % 4].b[k / 4]);
       c[i] = std::fma(x, y, c[i]);
     }
   }

@@ -7,8 +7,8 @@
 namespace fastconv::sm80 {
 
 // Brings `count` elements, `step` apart in memory, and zeros after them; zeros alone where the chunk does not `exist`. Copied
-// asynchronously where kAsync says that it is 16 aligned bytes or none, else gathered element by element. `anywhere` is an address
-// that may be given to a copy which reads nothing.
+// asynchronously where kAsync says that it is 16 aligned bytes or none, else gathered element by element. `anywhere` is an
+// address that may be given to a copy which reads nothing.
 template <bool kAsync, class T>
 FC_DEVICE void bring_chunk(T* to, const T* from, int64_t step, int64_t count, bool exists, const T* anywhere) {
   if constexpr (kAsync) {

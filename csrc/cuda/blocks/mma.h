@@ -50,8 +50,8 @@ FC_DEVICE uint32_t pair_of(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Products of two numbers rounded to tf32 are off by 2^-10 of themselves, where a plain sum in fp32 may be off by 4 eps = 2^-21 of
-// them (testing/tolerance.py).
+// Products of two numbers rounded to tf32 are off by 2^-10 of themselves, where a plain sum in fp32 may be off by 4 eps = 2^-21
+// of them (testing/tolerance.py).
 inline constexpr float kTf32Growth = 2048;
 
 // Makes of a word of a fragment what the matrix instruction multiplies: floats are rounded to tf32, to nearest, ties away from 0.
@@ -77,9 +77,10 @@ FC_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_
     ::emulator::multiply_add(c, a, b, [](uint16_t bits) { return to_float(T{bits}); }, FC_SITE);
   }
 #else
-#define FC_MMA(shape, type)                                                                                                   \
-  asm("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                         \
+#define FC_MMA(shape, type)                                                  \
+  asm("mma.sync.aligned." shape ".row.col.f32." type "." type                \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (std::is_same_v<T, float>) {
     FC_MMA("m16n8k8", "tf32");

@@ -1,5 +1,5 @@
-// conv2d_fwd.implicit_gemm: pixels x filters on the tensor cores, in bf16 or f16, or in f32 rounded to tf32, with fp32 sums. Takes
-// every problem; made for channels_last, where a tap's channels are neighbours and come by asynchronous copies of 16 bytes.
+// conv2d_fwd.implicit_gemm: pixels x filters on the tensor cores, in bf16 or f16, or in f32 rounded to tf32, with fp32 sums.
+// Takes every problem; made for channels_last, where a tap's channels are neighbours and come by asynchronous copies of 16 bytes.
 //
 // A 1x1 convolution is a plain matrix product, and so is a linear layer.
 #include "cuda/blocks/chunks.h"

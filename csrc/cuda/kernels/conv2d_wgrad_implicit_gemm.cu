@@ -1,8 +1,8 @@
 // conv2d_wgrad.implicit_gemm: filters x filter elements on the tensor cores, summed over pixels, in bf16 or f16 with fp32 sums.
 // Takes every problem; made for channels_last, where the channels of a pixel are neighbours and come by asynchronous copies.
 //
-// The reduction runs over rows of both operands as they lie, so both are transposed on their way to the registers (ldmatrix.trans).
-// It is cut into parts of a length that the problem's shape fixes, which blocks/parts.h adds in order.
+// The reduction runs over rows of both operands as they lie, so both are transposed on their way to the registers
+// (ldmatrix.trans). It is cut into parts of a length that the problem's shape fixes, which blocks/parts.h adds in order.
 #include "cuda/blocks/chunks.h"
 #include "cuda/blocks/mma.h"
 #include "cuda/blocks/parts.h"
@@ -11,9 +11,9 @@ namespace fastconv::sm80 {
 namespace {
 
 // --- tile: gemm_m = 64 filters of one group x gemm_n = 128 columns, four warps of 32 x 64: 64 sums a thread, and 8 + 16
-// registers of fragments for 16 products. Columns are filter elements in the order r, s, c, each tap's channels filled up to whole
-// chunks, so that a chunk belongs to one tap. One slice is 32 pixels, 12 KB; three slices, two of them on their way while one is
-// multiplied, and where their pixels lie are 38 KB: two blocks on an sm_86, four on an sm_80.
+// registers of fragments for 16 products. Columns are filter elements in the order r, s, c, each tap's channels filled up to
+// whole chunks, so that a chunk belongs to one tap. One slice is 32 pixels, 12 KB; three slices, two of them on their way while
+// one is multiplied, and where their pixels lie are 38 KB: two blocks on an sm_86; on an sm_80 registers have room for three.
 constexpr int kM = 64, kN = 128, kDepth = 32, kStages = 3, kThreads = 128;
 constexpr int kWarpM = 32, kWarpN = 64;
 constexpr int kChunk = kWide<__half>;
@@ -142,8 +142,8 @@ FC_DEVICE void multiply(const Stage<T>& stage, int warp_m, int warp_n, bool with
     uint32_t y[kWarpM / 16][4], x[kWarpN / 16][4];
     FC_UNROLL
     for (int i = 0; i < kWarpM / 16; ++i) {
-      load_matrices_transposed(y[i], stage.y + swizzled<kChunksY>(k + lane % 8 + lane / 16 * 8,
-                                                                 (warp_m + i * 16) / kChunk + lane / 8 % 2));
+      load_matrices_transposed(
+          y[i], stage.y + swizzled<kChunksY>(k + lane % 8 + lane / 16 * 8, (warp_m + i * 16) / kChunk + lane / 8 % 2));
     }
     FC_UNROLL
     for (int j = 0; j < kWarpN / 16; ++j) {
