@@ -205,6 +205,12 @@ MUTANTS = {
         "if (n > end) return",
         "conv2d_wgrad.implicit_gemm.bf16 n2c8h11w12k8r1s1u1p0d1g1-nhwc",
     ),
+    "floats of another filter": (
+        "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",
+        "(kOfA ? i % 2 : i / 2) * 8",
+        "(kOfA ? i / 2 : i / 2) * 8",
+        "conv2d_wgrad.implicit_gemm.f32 n2c8h12w12k16r1s1u1p0d1g1-nhwc",
+    ),
     "places that are read before they are there": (
         "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",
         "  __syncthreads();  // the first places",
@@ -219,8 +225,8 @@ MUTANTS = {
     ),
     "gradients of another filter": (
         "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",
-        "(warp_m + i * 16) / kChunk + lane / 8 % 2",
-        "((warp_m + i * 16) / kChunk + lane / 8 % 2) ^ 1",
+        "kOfA ? lane / 8 % 2 :",
+        "kOfA ? lane / 8 % 2 ^ 1 :",
         "conv2d_wgrad.implicit_gemm.bf16 n2c8h12w12k16r1s1u1p0d1g1-nhwc",
     ),
     "shared memory that was never asked for": (
