@@ -126,6 +126,20 @@ def test_bits_of_a_sample_do_not_depend_on_its_company(emulated: emulator.Emulat
 
 # ---- The emulator notices -----------------------------------------------------------------------------------------------------
 
+# One way to bring operands is enough to see a fault, and compiles in a third of the time.
+NARROW = {
+    "conv2d_fwd.implicit_gemm": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "(x_fits && w_fits ? start<T, true, true> : x_fits ? start<T, true, false> : start<T, false, false>)",
+        "(void)x_fits, (void)w_fits, start<T, true, true>",
+    ),
+    "conv2d_wgrad.implicit_gemm": (
+        "csrc/cuda/kernels/conv2d_wgrad_implicit_gemm.cu",
+        "(x_fits && y_fits ? start<T, true, true> : y_fits ? start<T, false, true> : start<T, false, false>)",
+        "(void)x_fits, (void)y_fits, start<T, true, true>",
+    ),
+}
+
 MUTANTS = {
     "no barrier before a slice is read": (
         "csrc/cuda/blocks/simt_gemm.h",
@@ -243,6 +257,12 @@ MUTANTS = {
 def test_a_broken_kernel_fails(cuda_cache: Path, mutant: str) -> None:
     path, text, replacement, check = MUTANTS[mutant]
     name, case = check.split()
-    library = emulator.build(ROOT, cuda_cache, edits={path: (text, replacement)}, only=name.rpartition(".")[0])
+    kernel = name.rpartition(".")[0]
+    edits: dict[str, tuple[str, ...]] = {}
+    if kernel in NARROW:
+        file, *narrow = NARROW[kernel]
+        edits[file] = tuple(narrow)
+    edits[path] = (*edits.get(path, ()), text, replacement)
+    library = emulator.build(ROOT, cuda_cache, edits=edits, only=kernel)
     with harness.using(emulator.Emulator(library)), pytest.raises((harness.KernelFault, emulator.EmulatorError)):
         harness.check(f"{name}.sm80", parse(case), place="low")
