@@ -50,8 +50,8 @@ def test_normal_data_within_the_rounding_of_its_sums(
 
 @pytest.mark.parametrize("name", sorted(set(KERNELS) - set(F32)))
 def test_halves_and_tf32(emulated: emulator.Emulator, name: str) -> None:
-    # An emulated product on the tensor cores costs a hundred on the FMA units; a filter gradient has most of them, and tf32 shares
-    # all but its fragments with halves.
+    # An emulated product on the tensor cores costs a hundred on the FMA units. A filter gradient has most of them, and tf32
+    # shares all but its fragments with halves.
     sparse = SPARSE * (4 if "wgrad.implicit_gemm" in name or "implicit_gemm.f32" in name else 1)
     harness.check_all(name, harness.accepted(name)[:: 37 * sparse], place="low")
 
