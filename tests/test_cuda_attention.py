@@ -84,7 +84,8 @@ def test_segments_are_cut_whatever_runs_beside(emulated: emulator.Emulator, cuda
     np.testing.assert_array_equal(alone[0, 0, 0], whole[1, 0, -1])
     file, *narrow = NARROW["sdpa_fwd"]
     edits = {file: (*narrow, "kSumsAtMost = 64 << 20", "kSumsAtMost = 1")}
-    with harness.using(emulator.Emulator(emulator.build(ROOT, cuda_cache, edits=edits, only="sdpa_fwd.flash"))):
+    library = emulator.build(ROOT, cuda_cache, sanitize=SANITIZE, edits=edits, only="sdpa_fwd.flash")
+    with harness.using(emulator.Emulator(library)):
         np.testing.assert_array_equal(forward(name, case, q=q, k=k, v=v), whole)
 
 
