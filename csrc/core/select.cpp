@@ -104,8 +104,10 @@ std::vector<Candidate> candidates(const std::string& op, const Problem& problem,
     if (std::string(row.dtype) != dtype_name(problem.dtype)) continue;
     Candidate candidate{&row, why_not_runnable(row, wish.device), kNever};
     if (candidate.verdict.empty() && !named(row, wish.force)) candidate.verdict = "not the forced '" + wish.force + "'";
-    if (candidate.verdict.empty() && wish.strict && (*kernel)->error_growth > 1)
+    if (candidate.verdict.empty() && wish.strict && (*kernel)->error_growth > 1) {
       candidate.verdict = "set_accuracy(\"strict\") rules it out";
+      if (wish.device != kCpu) candidate.verdict = "set_accuracy(\"strict\") or torch's own switch of tf32 rules it out";
+    }
     if (candidate.verdict.empty()) {
       const char* reason = (*kernel)->reject(problem);
       if (reason) {
