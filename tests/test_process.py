@@ -199,3 +199,37 @@ def test_inside_another_parallel_region(tmp_path: Path) -> None:
         assert all(numpy.array_equal(result, expected) for result in results.values())
         """
     )
+
+
+HUGE_PAGES = """
+import torch, fastconv.functional as FF
+
+def flags(address):
+    found = ""
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            first, last = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = first <= address < last
+        elif line.startswith("VmFlags") and inside:
+            found = line
+    return found.split()
+
+y = FF.batch_norm(torch.randn(8, 64, 80, 80), None, None, training=True)  # 13 MB
+small = FF.batch_norm(torch.randn(1, 64, 8, 8), None, None, training=True)
+asked = "hg" in flags(y.data_ptr() + y.nbytes // 2)
+assert asked == (sys.argv[1:] != ["0"]), asked
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+@pytest.mark.parametrize("value", ["", "0"])
+def test_large_results_ask_for_huge_pages(value: str) -> None:
+    environment = {**os.environ, "FASTCONV_HUGE_PAGES": value}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys" + HUGE_PAGES, value],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
