@@ -13,14 +13,14 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// The register tile is gemm_tile's: 6 queries x 64 keys with AVX-512, where the scores of a tile against a block of keys take
-// 6 KB of the 32 KB L1 and the panel of keys that is being multiplied 16 KB at 64 features.
+// The register tile has gemm_tile's size: 6 queries x 64 keys with AVX-512, where the scores of a tile against a block of keys
+// take 6 KB of the 32 KB L1 and the panel of keys that is being multiplied 16 KB at 64 features.
 template <class T>
 struct AttentionTile {
   static constexpr int kVectors = GemmTile::kMaxVectors;
   static constexpr int64_t kRows = GemmTile::rows(kVectors);
-  static constexpr int64_t kRowLanes =
-      (kRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;              // a number for each row, in whole vectors
+  // A number for each row, in whole vectors.
+  static constexpr int64_t kRowLanes = (kRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   static constexpr int64_t kPanel = int64_t(kVectors) * kLanes<T>;  // keys
   static constexpr int64_t kKeys = 512 / kPanel * kPanel;           // most of a block
 };
