@@ -123,7 +123,8 @@ FC_INLINE void pack_panel(const S* source, const SdpaStride& stride, int64_t cou
 
 // One query against one panel of keys that nobody else reads: transposed in registers, 16 x 16 at a time.
 template <class S, class T = compute_t<S>>
-FC_INLINE void loose_products(const T* q, const LooseKeys<S>& loose, int64_t first, int64_t features, int64_t width, T* s) {
+__attribute__((noinline)) void loose_products(const T* q, const LooseKeys<S>& loose, int64_t first, int64_t features,
+                                              int64_t width, T* s) {
   constexpr int kL = kLanes<T>;
   const int64_t step = loose.stride.l, count = loose.count - first;
   const S* const keys = loose.source + first * step;
@@ -142,7 +143,7 @@ FC_INLINE void loose_products(const T* q, const LooseKeys<S>& loose, int64_t fir
 
 // Fills s[m][j] with dot products. Of those keys that it returns, which are in `plain`, it has put the largest into tile.most.
 template <class S, class T = compute_t<S>>
-FC_INLINE KeyRange products(const ScoreTile<S>& tile, int64_t features, KeyRange plain) {
+__attribute__((noinline)) KeyRange products(const ScoreTile<S>& tile, int64_t features, KeyRange plain) {
   constexpr int64_t kL = kLanes<T>;
   constexpr int kRows = AttentionTile<T>::kRows;
   const KeyRange vectors = whole_vectors<T>(tile.keys);

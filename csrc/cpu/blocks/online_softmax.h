@@ -18,10 +18,9 @@ struct SoftmaxRows {
       : out(arena.take<T>(rows * width)), sums(arena.take<T>(rows * kLanes<T>)), most(arena.take<T>(rows)) {}
 };
 
-template <class T, class Exp>
+template <int kTogether, class T, class Exp>
 FC_INLINE vec<T> exponentiate(T* s, KeyRange vectors, const Exp& exp2) {
   constexpr int64_t kL = kLanes<T>;
-  constexpr int kTogether = kVectorRegisters == 32 ? 4 : 2;
   vec<T> sum = zero<T>();
   int64_t j = vectors.begin;
   for (; j + kTogether * kL <= vectors.end; j += kTogether * kL) {
@@ -77,11 +76,11 @@ FC_INLINE void weigh(const Scores<T>& in, const SoftmaxRows<T>& state, bool star
     T *const sums = state.sums + m * kL, *const row = in.s + m * in.s_step;
     vec<T> sum;
     if (Exp2<T>::fits(base[m])) {
-      sum = exponentiate(row, in.vectors, Exp2<T>(factor, inverse, set1(base[m])));
+      sum = exponentiate<kVectorRegisters == 32 ? 4 : 2>(row, in.vectors, Exp2<T>(factor, inverse, set1(base[m])));
     } else {
       // Scores of millions, whose products differ by more than their roundings: what is left of the largest is exactly 0.
       const vec<T> largest = set1(top[m] == -kInfinity<T> ? T(0) : top[m]), below = set1(rest[m]);
-      sum = exponentiate(row, in.vectors, [&](vec<T> x) { return exp2_weight(fma(x - largest, factor, below)); });
+      sum = exponentiate<1>(row, in.vectors, [&](vec<T> x) { return exp2_weight(fma(x - largest, factor, below)); });
     }
     store(sums, started ? fma(load(sums), set1(shrink[m]), sum) : sum);
   }
