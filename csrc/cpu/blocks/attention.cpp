@@ -1,6 +1,8 @@
 #include "cpu/blocks/attention.h"
 
 #include "cpu/blocks/activation.h"
+#include "cpu/blocks/attention_tile.h"
+#include "cpu/blocks/columns.h"
 #include "cpu/blocks/filter_panel.h"
 
 namespace fastconv::FASTCONV_TARGET {
@@ -93,39 +95,104 @@ __attribute__((noinline)) void alter(const SdpaProblem& a, const SdpaArgs& args,
   }
 }
 
-}  // namespace
-
 template <class T>
 FC_INLINE KeyRange whole_vectors(KeyRange keys) {
   return {keys.begin / kLanes<T> * kLanes<T>, round_up(keys.end, kLanes<T>)};
 }
 
+// Which keys of the block all rows of a tile see.
 template <class S>
-void dot_products(const ScoreTile<S>& tile, int64_t features) {
-  using T = compute_t<S>;
-  using Tile = AttentionTile<T>;
-  constexpr int64_t kL = kLanes<T>;
-  const KeyRange vectors = whole_vectors<T>(tile.keys);
-  const T* q[Tile::kRows];
-  T* s[Tile::kRows];
-  for (int64_t panel = vectors.begin / Tile::kPanel; panel * Tile::kPanel < vectors.end; ++panel) {
-    const int64_t left = (vectors.end - panel * Tile::kPanel) / kL;
-    const int count = left < Tile::kVectors ? int(left) : Tile::kVectors;
-    for (int64_t m = 0; m < tile.rows.count; ++m) {
-      q[m] = tile.q + m * tile.q_step;
-      s[m] = tile.s + m * tile.s_step + panel * Tile::kPanel;
+FC_INLINE KeyRange seen_by_all(const SdpaProblem& a, const ScoreTile<S>& tile) {
+  KeyRange all{0, a.Lkv - tile.first_key};
+  if (!is_banded(a)) return all;
+  QueryRow at = query_row(a, tile.rows.hkv, tile.rows.first);
+  for (int64_t m = 0; m < tile.rows.count; ++m, advance(a, at)) {
+    const KeyRange keys = visible_keys(a, at.i);
+    all = meet(all, {keys.begin - tile.first_key, keys.end - tile.first_key});
+  }
+  return all;
+}
+
+// One panel of keys, as it lies in memory. `count` keys are there.
+template <class S>
+FC_INLINE void pack_panel(const S* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width,
+                          compute_t<S>* panel) {
+  const int64_t offset = 0;
+  pack_filters<S>({source, stride.l, stride.d, &offset, 1, features}, count, width, panel);
+}
+
+// One query against one panel of keys that nobody else reads: transposed in registers, 16 x 16 at a time.
+template <class S, class T = compute_t<S>>
+__attribute__((noinline)) void loose_products(const T* q, const LooseKeys<S>& loose, int64_t first, int64_t features,
+                                              int64_t width, T* s) {
+  constexpr int kL = kLanes<T>;
+  const int64_t step = loose.stride.l, count = loose.count - first;
+  const S* const keys = loose.source + first * step;
+  for (int64_t j = 0; j < width; j += kL) store(s + j, zero<T>());
+  for (int64_t d = 0; d < features; d += kL) {
+    const int64_t depth = features - d < kL ? features - d : kL;
+    for (int64_t j = 0; j < width; j += kL) {
+      vec<T> sum = load(s + j);
+      const int lanes = count - j < 0 ? 0 : count - j < kL ? int(count - j) : kL;
+      for_each_column(keys + j * step + d, step, lanes, depth,
+                      [&](int64_t i, vec<T> column) { sum = fma(set1(q[d + i]), column, sum); });
+      store(s + j, sum);
     }
-    const T* k = tile.k + panel * features * Tile::kPanel;
+  }
+}
+
+// Fills s[m][j] with dot products. Of those keys that it returns, which are in `plain`, it has put the largest into tile.most.
+template <class S, class T = compute_t<S>>
+__attribute__((noinline)) KeyRange products(const ScoreTile<S>& tile, int64_t features, KeyRange plain) {
+  constexpr int64_t kL = kLanes<T>;
+  constexpr int kRows = AttentionTile<T>::kRows;
+  const KeyRange vectors = whole_vectors<T>(tile.keys);
+  const Panels<T>& panels = tile.panels;
+  KeyRange measured{vectors.end, vectors.end};
+  for (int64_t panel = panels.of(vectors.begin), end = panels.of(vectors.end - 1) + 1; panel < end; ++panel) {
+    const int64_t first = panels.first(panel), width = panels.width(panel);
+    KeyRange keys = meet({first, first + width}, vectors);
+    const T* k = tile.k + first * features;
     if (tile.loose) {
       const LooseKeys<S>& loose = *tile.loose;
-      const int64_t first = panel * Tile::kPanel;
-      pack_panels<S>(loose.source + first * loose.stride.l, loose.stride, loose.count - first, features, {0, 1}, loose.panel);
+      if (tile.rows.count == 1 && loose.stride.d == 1) {
+        loose_products<S>(tile.q, loose, first, features, width, tile.s + first);
+        continue;
+      }
+      pack_panel<S>(loose.source + first * loose.stride.l, loose.stride, loose.count - first, features, width, loose.panel);
       k = loose.panel;
     }
-    const ColumnPiece piece{0, int32_t(count * kL), 0, 1};
-    gemm_tile<T>(int(tile.rows.count), count, {q, 1, k, Tile::kPanel, 1, features},
-                 {s, &piece, 1, false, false, Activation::none, nullptr, nullptr, nullptr, nullptr});
+    k += keys.begin - first;
+    T* const s = tile.s + keys.begin;
+    const int count = int((keys.end - keys.begin) / kL);
+    if (tile.rows.count < kRows) {
+      const T* q[kRows];
+      T* out[kRows];
+      for (int64_t m = 0; m < tile.rows.count; ++m) q[m] = tile.q + m * tile.q_step, out[m] = s + m * tile.s_step;
+      const ColumnPiece piece{0, int32_t(count * kL), 0, 1};
+      gemm_tile<T>(int(tile.rows.count), count, {q, 1, k, width, 1, features},
+                   {out, &piece, 1, false, false, Activation::none, nullptr, nullptr, nullptr, nullptr});
+      continue;
+    }
+    const auto measures = [&](KeyRange range) { return tile.most && range.begin >= plain.begin && range.end <= plain.end; };
+    const bool measure = measures(keys);
+    // Whole panels of one width are one call.
+    int64_t run = 1;
+    while (!tile.loose && panel + 1 < end && keys.begin == first && panels.width(panel + 1) == width &&
+           keys.end + width <= vectors.end && measures({keys.end, keys.end + width}) == measure) {
+      ++run, ++panel, keys.end += width;
+    }
+    score_strip<T>(count, {tile.q, tile.q_step, k, width, features}, run, s, tile.s_step, measure ? tile.most : nullptr);
+    if (measure) measured = join(measured, keys);
   }
+  return measured;
+}
+
+}  // namespace
+
+template <class S>
+void dot_products(const ScoreTile<S>& tile, int64_t features) {
+  products(tile, features, {0, 0});
 }
 
 template <class T>
@@ -150,16 +217,54 @@ void multiply(int64_t rows, int64_t width, const Product<T>& product, bool accum
   }
 }
 
+template <class T>
+void multiply_tile(int64_t rows, int64_t width, const Product<T>& product, const T* shrink) {
+  using Tile = AttentionTile<T>;
+  constexpr int64_t kL = kLanes<T>;
+  const Parts columns(width / kL, Tile::kVectors);
+  for (int64_t part = 0; part < columns.parts; ++part) {
+    const int64_t column = columns.begin(part) * kL;
+    const int vectors = int(columns.size(part));
+    T* const y = product.out + column;
+    if (rows == Tile::kRows) {
+      value_strip<T>(vectors, {product.a, product.a_row, product.b + column, product.b_step, product.depth}, y, product.out_step,
+                     shrink);
+      continue;
+    }
+    T sums[Tile::kRows * Tile::kPanel];
+    const T* a[Tile::kRows];
+    T* out[Tile::kRows];
+    for (int64_t m = 0; m < rows; ++m) {
+      a[m] = product.a + m * product.a_row;
+      out[m] = shrink ? sums + m * Tile::kPanel : y + m * product.out_step;
+    }
+    const ColumnPiece piece{0, int32_t(vectors * kL), 0, 1};
+    gemm_tile<T>(int(rows), vectors, {a, 1, product.b + column, product.b_step, 1, product.depth},
+                 {out, &piece, 1, false, false, Activation::none, nullptr, nullptr, nullptr, nullptr});
+    if (!shrink) continue;
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t c = 0; c < vectors * kL; c += kL) {
+        T* const to = y + m * product.out_step + c;
+        store(to, fma(load(to), set1(shrink[m]), load(out[m] + c)));
+      }
+    }
+  }
+}
+
 template <class S>
 compute_t<S> scores(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<S>& tile) {
   using T = compute_t<S>;
-  dot_products(tile, a.D);
+  constexpr int64_t kL = kLanes<T>;
   const KeyRange vectors = whole_vectors<T>(tile.keys);
   // In log 2 the factor stays well above the smallest numbers: what is hidden is -inf, and 0 * -inf would be NaN.
   const double factor = (a.scale < 0 ? -a.scale : a.scale) * kLog2e;
   const bool altered = a.mask_kind != MaskKind::none || a.bias.given || a.softcap != 0 || factor < 1e-20;
+  if (tile.most) {
+    for (int64_t m = 0; m < tile.rows.count; ++m) store(tile.most + m * kL, set1(-kInfinity<T>));
+  }
+  const KeyRange plain = seen_by_all(a, tile), measured = products(tile, a.D, altered ? KeyRange{0, 0} : plain);
   if (altered) alter(a, args, tile, vectors);
-  if (is_banded(a) || vectors.end > a.Lkv - tile.first_key) {
+  if (plain.begin > vectors.begin || plain.end < vectors.end) {
     QueryRow at = query_row(a, tile.rows.hkv, tile.rows.first);
     for (int64_t m = 0; m < tile.rows.count; ++m, advance(a, at)) {
       KeyRange keys = visible_keys(a, at.i);
@@ -168,6 +273,15 @@ compute_t<S> scores(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<
       T* row = tile.s + m * tile.s_step;
       fill_from(row, vectors.begin, keys.begin, -kInfinity<T>);
       fill_from(row, keys.end, vectors.end, -kInfinity<T>);
+    }
+  }
+  if (tile.most) {
+    for (int64_t m = 0; m < tile.rows.count; ++m) {
+      const T* const s = tile.s + m * tile.s_step;
+      vec<T> most = load(tile.most + m * kL);
+      for (int64_t j = vectors.begin; j < measured.begin; j += kL) most = max(load(s + j), most);
+      for (int64_t j = measured.end; j < vectors.end; j += kL) most = max(load(s + j), most);
+      store(tile.most + m * kL, most);
     }
   }
   return altered ? T(1) : T(factor);
@@ -211,11 +325,10 @@ void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t 
 template <class S>
 void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys,
                  compute_t<S>* panels) {
-  constexpr int64_t kPanel = AttentionTile<compute_t<S>>::kPanel;
-  const int64_t offset = 0;
-  for (int64_t begin = keys.begin / kPanel * kPanel; begin < keys.end; begin += kPanel) {
-    pack_filters<S>({source + begin * stride.l, stride.l, stride.d, &offset, 1, features}, count - begin, kPanel,
-                    panels + begin * features);
+  const Panels<compute_t<S>> all(count);
+  for (int64_t panel = all.of(keys.begin), end = all.of(keys.end - 1) + 1; panel < end; ++panel) {
+    const int64_t first = all.first(panel);
+    pack_panel<S>(source + first * stride.l, stride, count - first, features, all.width(panel), panels + first * features);
   }
 }
 
@@ -234,5 +347,7 @@ FC_ATTENTION(f16)
 #undef FC_ATTENTION
 template void multiply(int64_t, int64_t, const Product<float>&, bool);
 template void multiply(int64_t, int64_t, const Product<double>&, bool);
+template void multiply_tile(int64_t, int64_t, const Product<float>&, const float*);
+template void multiply_tile(int64_t, int64_t, const Product<double>&, const double*);
 
 }  // namespace fastconv::FASTCONV_TARGET

@@ -13,22 +13,26 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// The register tile is gemm_tile's: 6 queries x 64 keys with AVX-512, where the scores of a tile against a block of keys take
-// 6 KB of the 32 KB L1 and the panel of keys that is being multiplied 16 KB at 64 features.
+// The register tile has gemm_tile's size: 6 queries x 64 keys with AVX-512, where the scores of a tile against a block of keys
+// take 6 KB of the 32 KB L1 and the panel of keys that is being multiplied 16 KB at 64 features.
 template <class T>
 struct AttentionTile {
   static constexpr int kVectors = GemmTile::kMaxVectors;
   static constexpr int64_t kRows = GemmTile::rows(kVectors);
+  // A number for each row, in whole vectors.
+  static constexpr int64_t kRowLanes = (kRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   static constexpr int64_t kPanel = int64_t(kVectors) * kLanes<T>;  // keys
-  static constexpr int64_t kKeys = 512 / kPanel * kPanel;           // most of a block
+  static constexpr int64_t kKeys = 1024 / kPanel * kPanel;          // most of a block
 };
 
-// Keys of a block. What is done once for each query and block costs 60 cycles, a tenth of 256 keys at 64 features: 512 keys as
-// long as they and their values take half of the L2 (512 KB at 128 features: 77.6 % of peak against 76.0 with 256 keys).
+// Keys of a block: as many as they and their values take half of the L2, because what is done once for each query and block is a
+// twentieth of 512 keys at 64 features (1024 of them: 77.0 % of peak against 76.1, causal 71.9 against 70.8).
 template <class T>
 FC_INLINE int64_t block_keys(const SdpaProblem& a) {
-  constexpr int64_t kFew = 256 / AttentionTile<T>::kPanel * AttentionTile<T>::kPanel;
-  return (a.D + a.Dv) * int64_t(sizeof(T)) * AttentionTile<T>::kKeys <= 512 * 1024 ? AttentionTile<T>::kKeys : kFew;
+  constexpr int64_t kPanel = AttentionTile<T>::kPanel, kFew = 256;
+  int64_t keys = AttentionTile<T>::kKeys;
+  while (keys > kFew && (a.D + a.Dv) * int64_t(sizeof(T)) * keys > 512 * 1024) keys /= 2;
+  return keys / kPanel * kPanel;
 }
 
 // A segment is what threads may share out where there are few queries: 1000 keys or more, so that adding up segments costs
@@ -54,6 +58,22 @@ struct Parts {
   FC_INLINE int64_t size(int64_t part) const { return least + (part < larger); }
 };
 
+// The panels of a block of keys: as few as kPanel allows and as even as whole vectors are, because a panel of its own for the
+// last 5 keys would be one of 6 chains that wait for each other.
+template <class T>
+struct Panels : Parts {
+  FC_INLINE explicit Panels(int64_t keys) : Parts((keys + kLanes<T> - 1) / kLanes<T>, AttentionTile<T>::kVectors) {}
+  FC_INLINE int64_t first(int64_t panel) const { return begin(panel) * kLanes<T>; }
+  FC_INLINE int64_t width(int64_t panel) const { return size(panel) * kLanes<T>; }
+  // The panel that a key of the block lies in.
+  FC_INLINE int64_t of(int64_t key) const {
+    const int64_t vector = key / kLanes<T>;
+    int64_t panel = vector / AttentionTile<T>::kVectors;  // if all before it are full
+    while (begin(panel + 1) <= vector) ++panel;
+    return panel;
+  }
+};
+
 struct KeyRange {
   int64_t begin, end;  // empty when end <= begin
   FC_INLINE bool empty() const { return end <= begin; }
@@ -70,7 +90,11 @@ struct QueryRow {
   int64_t h, i;
 };
 FC_INLINE int64_t unit_rows(const SdpaProblem& a) { return a.Hq / a.Hkv * a.Lq; }
-FC_INLINE QueryRow query_row(const SdpaProblem& a, int64_t hkv, int64_t r) { return {hkv * (a.Hq / a.Hkv) + r / a.Lq, r % a.Lq}; }
+// The divisions would be 3 % of a tile.
+FC_INLINE QueryRow query_row(const SdpaProblem& a, int64_t hkv, int64_t r) {
+  if (a.Hq == a.Hkv) return {hkv, r};
+  return {hkv * (a.Hq / a.Hkv) + r / a.Lq, r % a.Lq};
+}
 // The next row. Dividing for every row of a tile would cost as much as a tenth of its scores.
 FC_INLINE void advance(const SdpaProblem& a, QueryRow& row) {
   if (++row.i == a.Lq) row.i = 0, ++row.h;
@@ -116,13 +140,15 @@ struct ScoreTile {
   using T = compute_t<S>;
   UnitRows rows;
   int64_t first_key;  // of the block
+  Panels<T> panels;   // of the block
   KeyRange keys;      // those that some row sees, counted from first_key
   const T* q;         // [rows][q_step], as pack_queries lays them
   int64_t q_step;
-  const T* k;  // [panel][D][kPanel]
+  const T* k;  // as pack_panels lays them
   T* s;        // [rows][s_step]
   int64_t s_step;
   T* slope;                             // [rows][s_step]: what the softcap makes of a small change, where that is wanted
+  T* most = nullptr;                    // [rows][lanes]: the largest scores of each row lane by lane, where they are wanted
   const LooseKeys<S>* loose = nullptr;  // in place of k, where no other tile reads these keys
 };
 
@@ -149,6 +175,10 @@ struct Product {
 template <class T>
 void multiply(int64_t rows, int64_t width, const Product<T>& product, bool accumulate);
 
+// The same for no more rows than a tile has and with a_step 1, plus shrink[m] times what is there where `shrink` is given.
+template <class T>
+void multiply_tile(int64_t rows, int64_t width, const Product<T>& product, const T* shrink);
+
 // `count` positions of a head as rows [position][width], zeros from feature `features` on; the width is a multiple of the lanes.
 template <class S>
 void pack_rows(const S* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, compute_t<S>* rows);
@@ -162,7 +192,7 @@ void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const S* source
 template <class S>
 void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, compute_t<S>* rows);
 
-// Those panels [panel][features][kPanel] of a block of keys that cover `keys`.
+// Those panels of a block of `count` keys that cover `keys`: [features][width], first * features elements behind `panels`.
 template <class S>
 void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, compute_t<S>* panels);
 
@@ -181,5 +211,7 @@ FC_ATTENTION(f16)
 #undef FC_ATTENTION
 extern template void multiply(int64_t, int64_t, const Product<float>&, bool);
 extern template void multiply(int64_t, int64_t, const Product<double>&, bool);
+extern template void multiply_tile(int64_t, int64_t, const Product<float>&, const float*);
+extern template void multiply_tile(int64_t, int64_t, const Product<double>&, const double*);
 
 }  // namespace fastconv::FASTCONV_TARGET

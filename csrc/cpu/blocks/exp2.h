@@ -22,8 +22,8 @@ class Exp2 {
   static FC_INLINE bool fits(T base) { return base < T(1 << 20) && base > -T(1 << 20); }
 
   // `base` is integral and fits, `factor` is positive, normal and far from the smallest number, `inverse` is 1 / factor.
-  FC_INLINE Exp2(T factor, T inverse, T base)
-      : factor_(set1(factor)), shift_(set1(kMagic - base)), lowest_(set1((base - Format::bias) * inverse)) {}
+  FC_INLINE Exp2(vec<T> factor, vec<T> inverse, vec<T> base)
+      : factor_(factor), shift_(set1(kMagic) - base), lowest_((base - set1(T(Format::bias))) * inverse) {}
 
   // 2^(s * factor - base), 0 where that is below 2^(1 - bias). s = -inf gives 0, NaN gives NaN; the result must not overflow.
   FC_INLINE vec<T> operator()(vec<T> s) const {
@@ -49,7 +49,7 @@ class Exp2 {
 // 2^x for x <= 0 of any size, -inf and NaN included.
 template <class T>
 FC_INLINE vec<T> exp2_weight(vec<T> x) {
-  return Exp2<T>(1, 1, 0)(x);
+  return Exp2<T>(set1(T(1)), set1(T(1)), zero<T>())(x);
 }
 template <class T>
 FC_INLINE T exp2_weight(T x) {

@@ -18,30 +18,22 @@ struct SoftmaxRows {
       : out(arena.take<T>(rows * width)), sums(arena.take<T>(rows * kLanes<T>)), most(arena.take<T>(rows)) {}
 };
 
-template <class T>
-FC_INLINE T row_max(const T* s, int64_t begin, int64_t end) {
-  constexpr int64_t kL = kLanes<T>;
-  vec<T> most = set1(-kInfinity<T>), most2 = most;
-  int64_t j = begin;
-  for (; j + 2 * kL <= end; j += 2 * kL) {
-    most = max(load(s + j), most);
-    most2 = max(load(s + j + kL), most2);
-  }
-  return reduce_max(j < end ? max(load(s + j), max(most, most2)) : max(most, most2));
-}
-
-template <class T, class Exp>
-FC_INLINE vec<T> exponentiate(T* s, int64_t begin, int64_t end, const Exp& exp2) {
+template <int kTogether, class T, class Exp>
+FC_INLINE vec<T> exponentiate(T* s, KeyRange vectors, const Exp& exp2) {
   constexpr int64_t kL = kLanes<T>;
   vec<T> sum = zero<T>();
-  int64_t j = begin;
-  for (; j + 2 * kL <= end; j += 2 * kL) {
-    const vec<T> p = exp2(load(s + j)), p2 = exp2(load(s + j + kL));
-    store(s + j, p);
-    store(s + j + kL, p2);
-    sum = sum + p + p2;
+  int64_t j = vectors.begin;
+  for (; j + kTogether * kL <= vectors.end; j += kTogether * kL) {
+    vec<T> p[kTogether];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; ++i) p[i] = exp2(load(s + j + i * kL));
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; ++i) {
+      store(s + j + i * kL, p[i]);
+      sum = sum + p[i];  // one after the other: the sum is the same wherever a tile begins
+    }
   }
-  if (j < end) {
+  for (; j < vectors.end; j += kL) {
     const vec<T> p = exp2(load(s + j));
     store(s + j, p);
     sum = sum + p;
@@ -49,18 +41,29 @@ FC_INLINE vec<T> exponentiate(T* s, int64_t begin, int64_t end, const Exp& exp2)
   return sum;
 }
 
-// exp2 of a tile of scores in place, their sums, and what was there before brought to the new maximum.
+// A tile of scores times `factor`, and the largest of each row lane by lane.
 template <class T>
-FC_INLINE void weigh(int64_t rows, T* s, int64_t begin, int64_t end, T factor, const SoftmaxRows<T>& state, int64_t width) {
-  using Tile = AttentionTile<T>;
-  constexpr int64_t kL = kLanes<T>, kRows = (Tile::kRows + kL - 1) / kL * kL;
-  T top[kRows] = {}, rest[kRows], base[kRows], shrink[kRows];
-  for (int64_t m = 0; m < rows; ++m) top[m] = row_max(s + m * Tile::kKeys, begin, end);
-  for (int64_t m = 0; m < rows; m += kL) {
-    const int n = int(rows - m < kL ? rows - m : kL);
+struct Scores {
+  int64_t rows;
+  T* s;
+  int64_t s_step;
+  KeyRange vectors;
+  T factor;
+  const T* most;  // [rows][lanes]
+};
+
+// exp2 of a tile of scores in place and their sums. shrink[m] brings what there was of row m, if it has started, to its new
+// maximum.
+template <class T>
+FC_INLINE void weigh(const Scores<T>& in, const SoftmaxRows<T>& state, bool started, T* shrink) {
+  constexpr int64_t kL = kLanes<T>, kRows = AttentionTile<T>::kRowLanes;
+  T top[kRows] = {}, rest[kRows], base[kRows];
+  for (int64_t m = 0; m < in.rows; ++m) top[m] = reduce_max(load(in.most + m * kL));
+  for (int64_t m = 0; m < in.rows; m += kL) {
+    const int n = int(in.rows - m < kL ? in.rows - m : kL);
     // Rounded to an integer, which saves two operations for every weight: none is above sqrt(2) all the same.
-    const vec<T> mine = round(load(top + m) * set1(factor));
-    const vec<T> before = load(state.most + m, n), peak = max(mine, before);
+    const vec<T> mine = round(load(top + m) * set1(in.factor));
+    const vec<T> before = started ? load(state.most + m, n) : set1(-kInfinity<T>), peak = max(mine, before);
     store(state.most + m, peak, n);
     // Where nothing is visible yet: -inf - 0, and not -inf + inf.
     const vec<T> zeroed = blend(greater(peak, set1(-kInfinity<T>)), peak, zero<T>());
@@ -68,21 +71,18 @@ FC_INLINE void weigh(int64_t rows, T* s, int64_t begin, int64_t end, T factor, c
     store(rest + m, mine - zeroed);
     store(shrink + m, exp2_weight(before - zeroed));
   }
-  const T inverse = 1 / factor;
-  for (int64_t m = 0; m < rows; ++m) {
-    T *const sums = state.sums + m * kL, *const out = state.out + m * width, *const row = s + m * Tile::kKeys;
-    if (shrink[m] != 1) {
-      for (int64_t c = 0; c < width; c += kL) store(out + c, load(out + c) * set1(shrink[m]));
-    }
+  const vec<T> factor = set1(in.factor), inverse = set1(1 / in.factor);
+  for (int64_t m = 0; m < in.rows; ++m) {
+    T *const sums = state.sums + m * kL, *const row = in.s + m * in.s_step;
     vec<T> sum;
     if (Exp2<T>::fits(base[m])) {
-      sum = exponentiate(row, begin, end, Exp2<T>(factor, inverse, base[m]));
+      sum = exponentiate<kVectorRegisters == 32 ? 4 : 2>(row, in.vectors, Exp2<T>(factor, inverse, set1(base[m])));
     } else {
       // Scores of millions, whose products differ by more than their roundings: what is left of the largest is exactly 0.
       const vec<T> largest = set1(top[m] == -kInfinity<T> ? T(0) : top[m]), below = set1(rest[m]);
-      sum = exponentiate(row, begin, end, [&](vec<T> x) { return exp2_weight(fma(x - largest, set1(factor), below)); });
+      sum = exponentiate<1>(row, in.vectors, [&](vec<T> x) { return exp2_weight(fma(x - largest, factor, below)); });
     }
-    store(sums, fma(load(sums), set1(shrink[m]), sum));
+    store(sums, started ? fma(load(sums), set1(shrink[m]), sum) : sum);
   }
 }
 

@@ -141,6 +141,7 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
   using B = Block<T>;
   constexpr int64_t kL = kLanes<T>;
   const Parts tiles(at.rows.count, AttentionTile<T>::kRows);
+  const Panels<T> panels(at.keys);
   const KeyRange used{at.seen.begin / kL * kL, round_up(at.seen.end, kL)};
   for (int64_t t = 0; t < tiles.parts; ++t) {
     const int64_t row = tiles.begin(t), rows = tiles.size(t);
@@ -149,7 +150,7 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
     keys = meet({keys.begin - at.first_key, keys.end - at.first_key}, at.seen);
     if (keys.empty()) keys = {used.begin, used.begin};
     const KeyRange vectors{keys.begin / kL * kL, round_up(keys.end, kL)};
-    // After the products, which start at a whole panel.
+    // Vectors that no row of this tile sees, but others of the block do.
     const auto clear_rest = [&] {
       clear_columns(p, rows, B::kLine, used.begin, vectors.begin);
       clear_columns(p, rows, B::kLine, vectors.end, used.end);
@@ -162,11 +163,11 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
     }
     const UnitRows some{at.rows.b, at.rows.hkv, at.rows.first + row, rows};
     T* const slope = a.softcap != 0 ? scratch.slope : nullptr;
-    const T factor = scores<S>(
-        a, args,
-        {some, at.first_key, keys, scratch.q + row * schedule.width, schedule.width, scratch.k_panels, p, B::kLine, slope});
-    dot_products<S>({some, at.first_key, keys, scratch.dout + row * schedule.value_width, schedule.value_width, scratch.v_panels,
-                     ds, B::kLine, nullptr},
+    const T factor = scores<S>(a, args,
+                               {some, at.first_key, panels, keys, scratch.q + row * schedule.width, schedule.width,
+                                scratch.k_panels, p, B::kLine, slope});
+    dot_products<S>({some, at.first_key, panels, keys, scratch.dout + row * schedule.value_width, schedule.value_width,
+                     scratch.v_panels, ds, B::kLine, nullptr},
                     a.Dv);
     clear_rest();
     QueryRow query = query_row(a, some.hkv, some.first);

@@ -18,6 +18,9 @@ namespace {
 // --- tile: queries of a chunk share packed keys and values, and their state stays in the L2. A chunk may take a third of it
 // (910 queries at 64 features and 1 MB), beside a block of keys and values of 128 KB.
 constexpr int64_t kMostRows = 768, kFewRows = 96;
+// Scores of a row, and a vector of padding: rows 4 KB apart would look like one to the loads that overtake stores.
+template <class T>
+constexpr int64_t kLine = AttentionTile<T>::kKeys + kLanes<T>;
 
 template <class T>
 int64_t most_rows(const SdpaProblem& a, const Machine& machine) {
@@ -52,7 +55,7 @@ struct Schedule {
 
 template <class T>
 struct Scratch {
-  T *q, *k, *v, *s;
+  T *q, *k, *v, *s, *most;
   uint8_t *started, *packed;  // of each tile of queries, of each block of keys
   bool keeps;                 // packed keys
 
@@ -60,9 +63,10 @@ struct Scratch {
     using Tile = AttentionTile<T>;
     q = arena.take<T>(rows * round_up(a.D, kLanes<T>));
     keeps = rows < unit_rows(a) && fits_keys<T>(a);
-    k = arena.take<T>(keeps ? round_up(a.Lkv, Tile::kPanel) * a.D : block_keys<T>(a) * a.D);
+    k = arena.take<T>(keeps ? round_up(a.Lkv, kLanes<T>) * a.D : block_keys<T>(a) * a.D);
     v = arena.take<T>(block_keys<T>(a) * width);
-    s = arena.take<T>(Tile::kRows * Tile::kKeys);
+    s = arena.take<T>(Tile::kRows * kLine<T>);
+    most = arena.take<T>(Tile::kRows * kLanes<T>);
     started = arena.take<uint8_t>(rows);
     packed = arena.take<uint8_t>(a.Lkv / block_keys<T>(a) + 1);
   }
@@ -71,9 +75,16 @@ struct Scratch {
 // --- multiply
 template <class T>
 FC_INLINE bool all_finite(const T* p, int64_t count) {
-  vec<T> sum = zero<T>();  // 0 * x is NaN for an infinity and for NaN, and stays so
-  for (int64_t i = 0; i < count; i += kLanes<T>) sum = fma(load(p + i), zero<T>(), sum);
-  return reduce_add(sum) == 0;
+  constexpr int kChains = 4;
+  constexpr int64_t kL = kLanes<T>;
+  vec<T> sum[kChains] = {zero<T>(), zero<T>(), zero<T>(), zero<T>()};  // 0 * x is NaN for an infinity and for NaN, and stays so
+  int64_t i = 0;
+  for (; i + kChains * kL <= count; i += kChains * kL) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) sum[c] = fma(load(p + i + c * kL), zero<T>(), sum[c]);
+  }
+  for (; i < count; i += kL) sum[0] = fma(load(p + i), zero<T>(), sum[0]);
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) == 0;
 }
 
 // The block of values that a tile is multiplied with.
@@ -89,28 +100,25 @@ FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<
                     SoftmaxRows<T> state, bool started) {
   constexpr int64_t kL = kLanes<T>;
   const T factor = scores<S>(a, args, at);
-  const int64_t rows = at.rows.count, begin = at.keys.begin / kL * kL, end = round_up(at.keys.end, kL);
-  if (!started) {
-    for (int64_t m = 0; m < rows; ++m) {
-      state.most[m] = -kInfinity<T>;
-      store(state.sums + m * kL, zero<T>());
-    }
-  }
-  weigh(rows, at.s, begin, end, factor, state, started ? width : 0);
-  QueryRow row = query_row(a, at.rows.hkv, at.rows.first);
+  const int64_t rows = at.rows.count;
+  const KeyRange vectors{at.keys.begin / kL * kL, round_up(at.keys.end, kL)};
+  T shrink[AttentionTile<T>::kRowLanes];
+  weigh<T>({rows, at.s, at.s_step, vectors, factor, at.most}, state, started, shrink);
   if (a.dropout.p > 0) {
+    QueryRow row = query_row(a, at.rows.hkv, at.rows.first);
     for (int64_t m = 0; m < rows; ++m, advance(a, row)) {
-      drop(a, dropout_row(a, at.rows.b, row.h, row.i), at.first_key + begin, end - begin, at.s + m * at.s_step + begin);
+      drop(a, dropout_row(a, at.rows.b, row.h, row.i), at.first_key + vectors.begin, vectors.end - vectors.begin,
+           at.s + m * at.s_step + vectors.begin);
     }
   }
   const auto weighted = [&](int64_t m, int64_t count, KeyRange keys) {
-    multiply<T>(count, width,
-                {at.s + m * at.s_step + keys.begin, at.s_step, 1, values.v + keys.begin * values.step, values.step,
-                 keys.end - keys.begin, state.out + m * width, width},
-                started);
+    multiply_tile<T>(count, width,
+                     {at.s + m * at.s_step + keys.begin, at.s_step, 1, values.v + keys.begin * values.step, values.step,
+                      keys.end - keys.begin, state.out + m * width, width},
+                     started ? shrink + m : nullptr);
   };
   if (!values.exact) return weighted(0, rows, at.keys);
-  row = query_row(a, at.rows.hkv, at.rows.first);
+  QueryRow row = query_row(a, at.rows.hkv, at.rows.first);
   for (int64_t m = 0; m < rows; ++m, advance(a, row)) {
     KeyRange keys = visible_keys(a, row.i);
     keys = meet({keys.begin - at.first_key, keys.end - at.first_key}, at.keys);
@@ -136,14 +144,15 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
   for (int64_t first = all.begin / block * block; first < all.end; first += block) {
     const int64_t count = a.Lkv - first < block ? a.Lkv - first : block;
     const KeyRange seen = meet({all.begin - first, all.end - first}, {0, count});
+    const Panels<T> all_panels(count);
     T* const panels = scratch.k + (scratch.keeps ? first * a.D : 0);
+    const S* const v = at<S>(args.v, a.v, chunk.b, chunk.hkv, first);
     const LooseKeys<S> loose{at<S>(args.k, a.k, chunk.b, chunk.hkv, first), a.k, count, scratch.k};
     const bool once = tiles.parts == 1 && !scratch.keeps;
     if (!once && !(scratch.keeps && scratch.packed[first / block])) {
       pack_panels<S>(loose.source, a.k, count, a.D, scratch.keeps ? KeyRange{0, count} : seen, panels);
       scratch.packed[first / block] = 1;
     }
-    const S* const v = at<S>(args.v, a.v, chunk.b, chunk.hkv, first);
     Values<T> values{scratch.v, width, false};
     if constexpr (!kIsHalf<S>) {
       if (in_place) values = {v, a.v.l, false};
@@ -161,13 +170,15 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, const UnitRows& chu
       rest.out += row * width, rest.sums += row * kLanes<T>, rest.most += row;
       const ScoreTile<S> scores{{chunk.b, chunk.hkv, chunk.first + row, rows},
                                 first,
+                                all_panels,
                                 keys,
                                 q + row * q_width,
                                 q_width,
                                 panels,
                                 scratch.s,
-                                Tile::kKeys,
+                                kLine<T>,
                                 nullptr,
+                                scratch.most,
                                 once ? &loose : nullptr};
       tile<S>(a, args, scores, values, width, rest, scratch.started[t]);
       scratch.started[t] = 1;
