@@ -5,8 +5,9 @@
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-template <class T, int kRows>
-void tile(const ThinInput<T>& in, const TileOutput<T>& out) {
+template <class W, int kRows>
+void tile(const ThinInput<W>& in, const TileOutput<compute_t<W>>& out) {
+  using T = compute_t<W>;
   vec<T> sum[kRows];
   for (int m = 0; m < kRows; ++m) sum[m] = zero<T>();
   for_each_column(in.w, in.k_step, in.filters, in.depth, [&](int64_t d, vec<T> column) {
@@ -18,20 +19,22 @@ void tile(const ThinInput<T>& in, const TileOutput<T>& out) {
   store_sums(sums, kLanes<T>, kRows, out);
 }
 
-template <class T, int kRows>
-void pick(int rows, const ThinInput<T>& in, const TileOutput<T>& out) {
-  if (rows == kRows) return tile<T, kRows>(in, out);
-  if constexpr (kRows > 1) pick<T, kRows - 1>(rows, in, out);
+template <class W, int kRows>
+void pick(int rows, const ThinInput<W>& in, const TileOutput<compute_t<W>>& out) {
+  if (rows == kRows) return tile<W, kRows>(in, out);
+  if constexpr (kRows > 1) pick<W, kRows - 1>(rows, in, out);
 }
 
 }  // namespace
 
-template <class T>
-void thin_tile(int rows, const ThinInput<T>& in, const TileOutput<T>& out) {
-  pick<T, kThinRows>(rows, in, out);
+template <class W>
+void thin_tile(int rows, const ThinInput<W>& in, const TileOutput<compute_t<W>>& out) {
+  pick<W, kThinRows>(rows, in, out);
 }
 
 template void thin_tile(int, const ThinInput<float>&, const TileOutput<float>&);
 template void thin_tile(int, const ThinInput<double>&, const TileOutput<double>&);
+template void thin_tile(int, const ThinInput<bf16>&, const TileOutput<float>&);
+template void thin_tile(int, const ThinInput<f16>&, const TileOutput<float>&);
 
 }  // namespace fastconv::FASTCONV_TARGET

@@ -282,7 +282,7 @@ def run(
             plan.pack(address["w"], kept.address)
             address["packed"] = kept.address
             del memories["w"]
-            operands["w"].view[...] = np.nan
+            operands["w"].view[...] = tolerance.encode_bf16(np.array(np.nan)) if dtype == "bf16" else np.nan
         names = ("x", "w", "bias", "residual", "y", "packed")
         plan.run_conv2d(*(address.get(name, 0) for name in names), workspace=scratch_address)
     elif isinstance(case, SdpaCase):
@@ -388,6 +388,8 @@ def check(
     growth = error_growth(name)
     for output, got in result.outputs.items():
         expected = truth.outputs[output]
+        if exact and dtype in tolerance.HALVES and isinstance(case, ConvCase):
+            expected = tolerance.stored(expected, dtype)  # of an exact sum one rounding is left
         if growth > 1 and not exact and isinstance(case, ConvCase):
             error = tolerance.relative_l2(got, expected, truth.norm)
             allowed = tolerance.l2_bound(growth, case.terms(op), got.dtype)
