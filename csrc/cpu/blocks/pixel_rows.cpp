@@ -172,27 +172,20 @@ void pack_panel(const Conv2dProblem& a, const Reduction& reduction, const Shares
 template <class W>
 void keep_panel(const Conv2dProblem& a, const Reduction& reduction, const Shares& shares, const Block& block, const W* w,
                 int64_t g, int64_t panel, int64_t* tap_offset, W* to) {
+  using T = compute_t<W>;
   if constexpr (!kIsHalf<W>) {
     pack_panel(a, reduction, shares, block, w, g, panel, tap_offset, to);
   } else {
-    using T = compute_t<W>;
     constexpr int64_t kDepths = 4 * kLanes<T>;  // 16 KB of panel (AVX-512)
     T some[kDepths * GemmTile::kMaxVectors * kLanes<T>];
     const int64_t width = shares.vectors.size(panel) * kLanes<T>;
     for (int64_t d = 0; d < block.depth; d += kDepths) {
       Block part = block;
-      part.begin += d;
-      part.depth = block.depth - d < kDepths ? block.depth - d : kDepths;
+      part.begin += d, part.depth = block.depth - d < kDepths ? block.depth - d : kDepths;
       pack_panel(a, reduction, shares, part, w, g, panel, tap_offset, some);
-      for (int64_t i = 0; i < part.depth * width; i += kLanes<T>) store(to + d * width + i, load(some + i));
+      narrow_panel(some, part.depth * width, to + d * width);
     }
   }
-}
-
-// A kept panel of halves as gemm_tile reads it.
-template <class W>
-void widen_panel(const W* kept, int64_t size, compute_t<W>* panel) {
-  for (int64_t i = 0; i < size; i += kLanes<compute_t<W>>) store(panel + i, load(kept + i));
 }
 
 // Panels first_panel .. +panel_count of group g, over pixels first .. last.
@@ -212,11 +205,9 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
   for (int64_t b = 0; b < reduction.blocks; ++b) {
     const Block block = block_at(a, reduction, b);
     const W* kept = static_cast<const W*>(args.packed) + kept_panel(reduction, shares, task.g, b, task.first_panel);
-    const T* panels = scratch.panels;
-    if constexpr (!kIsHalf<W>) {
-      if (args.packed) panels = kept;
-    }
-    for (int64_t i = 0; panels == scratch.panels && i < task.panel_count; ++i) {
+    const bool as_kept = args.packed && !kIsHalf<W>;
+    const T* panels = as_kept ? reinterpret_cast<const T*>(kept) : scratch.panels;
+    for (int64_t i = 0; !as_kept && i < task.panel_count; ++i) {
       T* const panel = scratch.panels + i * shares.panel_size;
       if (!args.packed) {
         pack_panel(a, reduction, shares, block, static_cast<const W*>(args.w), task.g, task.first_panel + i, scratch.tap_offset,
@@ -264,8 +255,11 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
 // A task of few pixels, Linear's rows: each filter is used too rarely to be worth packing. One vector of filters at a time goes
 // through all blocks, so that memory is read in long runs: at 4096 x 4096, 7.6 GB/s where every panel stops at the end of a
 // block.
+// Kept halves are the exception, whose panels are read as they are.
+template <class W>
 FC_INLINE bool is_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task) {
-  return !args.packed && a.R * a.S == 1 && a.w.c == 1 && task.last_pixel - task.first_pixel <= kThinRows;
+  const bool as_it_is = args.packed ? kIsHalf<W> : a.w.c == 1;
+  return as_it_is && a.R * a.S == 1 && task.last_pixel - task.first_pixel <= kThinRows;
 }
 
 template <class W>
@@ -276,7 +270,9 @@ void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
                 last_k = clamp(shares.vectors.begin(task.first_panel + task.panel_count) * kLanes<T>, 0, filters);
   const int rows = int(task.last_pixel - task.first_pixel);
   const T* x = static_cast<const T*>(args.x) + task.g * (a.C / a.groups);
-  for (int64_t k = first_k; k < last_k; k += kLanes<T>) {
+  int64_t panel = task.first_panel, step = kLanes<T>;
+  for (int64_t k = first_k; k < last_k; k += step, ++panel) {
+    if (args.packed) step = shares.vectors.size(panel) * kLanes<T>;
     for (int64_t b = 0; b < reduction.blocks; ++b) {
       const Block block = block_at(a, reduction, b);
       T* y[kThinRows];
@@ -285,12 +281,21 @@ void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
         point_row(a, reduction, block, x, n, p, q, rows, m, scratch);
         y[m] = static_cast<T*>(args.y) + n * a.y.n + p * a.y.h + q * a.y.w + task.g * filters + k;
       }
-      const ColumnPiece piece = {0, int32_t(last_k - k < kLanes<T> ? last_k - k : kLanes<T>), 0, 1};
+      const ColumnPiece piece = {0, int32_t(last_k - k < step ? last_k - k : step), 0, 1};
+      const T* bias = a.epilogue.bias ? static_cast<const T*>(args.bias) + task.g * filters + k : nullptr;
+      const T* residual = a.epilogue.residual ? static_cast<const T*>(args.residual) : nullptr;
+      const bool last = b == reduction.blocks - 1;
+      const TileOutput<T> out = {
+          y, &piece, 1, b > 0, last, a.epilogue.activation, bias, nullptr, residual, static_cast<T*>(args.y)};
+      if constexpr (kIsHalf<W>) {
+        if (args.packed) {
+          const W* kept = static_cast<const W*>(args.packed) + kept_panel(reduction, shares, task.g, b, panel);
+          thin_panel<W>(rows, int(step / kLanes<T>), {scratch.rows, kept, step, block.depth}, out);
+          continue;
+        }
+      }
       const W* w = static_cast<const W*>(args.w) + task.g * a.w.g + k * a.w.k + block.begin;
-      thin_tile<W>(rows, {scratch.rows, w, a.w.k, piece.end, block.depth},
-                   {y, &piece, 1, b > 0, b == reduction.blocks - 1, a.epilogue.activation,
-                    a.epilogue.bias ? static_cast<const T*>(args.bias) + task.g * filters + k : nullptr, nullptr,
-                    a.epilogue.residual ? static_cast<const T*>(args.residual) : nullptr, static_cast<T*>(args.y)});
+      thin_tile<W>(rows, {scratch.rows, w, a.w.k, piece.end, block.depth}, out);
     }
   }
 }
@@ -331,17 +336,18 @@ void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Contex
       if (count > shares.panels_per_block) count = shares.panels_per_block;
       const int64_t first = pixels * split / splits, last = pixels * (split + 1) / splits;
       const Task task = {g, panel, count, first, last};
-      if (first < last) (is_thin(a, args, task) ? run_thin<W> : run_task<W>)(a, args, task, reduction, shares, scratch);
+      if (first < last) (is_thin<W>(a, args, task) ? run_thin<W> : run_task<W>)(a, args, task, reduction, shares, scratch);
       i += count;
     }
   });
 }
 
 // A single pixel uses each filter once, whether it lies packed or not: at 4096 x 4096 both stream from memory at 10.3 GB/s, at
-// 25088 x 4096 at 11.3 as it is and at 10.7 packed. From two pixels on packed filters are the faster, 1.2 times with four.
+// 25088 x 4096 at 11.3 as it is and at 10.7 packed. From two pixels on packed filters are the faster, 1.2 times with four. Halves
+// cost as much to transpose as to read: f16 comes at 7.6 GB/s as it is and at 9.1 packed, bf16 at 9.2 and 9.9.
 template <class W>
 PackedFilters pixel_rows_packed(const Conv2dProblem& a) {
-  if (a.R * a.S == 1 && a.w.c == 1 && a.N * a.P * a.Q == 1) return {};
+  if (!kIsHalf<W> && a.R * a.S == 1 && a.w.c == 1 && a.N * a.P * a.Q == 1) return {};
   const Reduction reduction(a);
   const Shares shares = Shares::of<compute_t<W>>(a, reduction, 1);
   return {kept_panel(reduction, shares, a.groups, 0, 0) * int64_t(sizeof(W)), reduction.whole_rows};

@@ -25,6 +25,19 @@ struct ThinInput {
 template <class W>
 void thin_tile(int rows, const ThinInput<W>& in, const TileOutput<compute_t<W>>& out);
 
+// The same of a packed panel of halves, gemm_tile's but for how it is stored: depth d of filter k at w[d*width + k]. Widening a
+// panel into the L2 first, from where few rows use it once, took 1.6 times as long as memory.
+template <class W>
+struct ThinPanel {
+  const compute_t<W>* const* a;  // [rows], each [depth]
+  const W* w;
+  int64_t width, depth;
+};
+template <class W>
+void thin_panel(int rows, int vectors, const ThinPanel<W>& in, const TileOutput<compute_t<W>>& out);
+
+extern template void thin_panel(int, int, const ThinPanel<bf16>&, const TileOutput<float>&);
+extern template void thin_panel(int, int, const ThinPanel<f16>&, const TileOutput<float>&);
 extern template void thin_tile(int, const ThinInput<float>&, const TileOutput<float>&);
 extern template void thin_tile(int, const ThinInput<double>&, const TileOutput<double>&);
 extern template void thin_tile(int, const ThinInput<bf16>&, const TileOutput<float>&);
