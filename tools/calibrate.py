@@ -207,10 +207,12 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """JSON with a layer a line, so that a diff shows which have changed."""
+    """JSON with a layer a line, so that a diff shows which have changed. All of it or nothing: a run may be cut off here too."""
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(document["layers"].items())]
     context = json.dumps(document["context"])
-    path.write_text('{"context": ' + context + ',\n"layers": {\n' + ",\n".join(lines) + "\n}}\n")
+    beside = path.with_name(path.name + ".part")
+    beside.write_text('{"context": ' + context + ',\n"layers": {\n' + ",\n".join(lines) + "\n}}\n")
+    beside.replace(path)
 
 
 # --- report
