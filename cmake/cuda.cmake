@@ -1,14 +1,15 @@
 # Looks for a CUDA toolkit, adds the CUDA kernels where there is one, and never fails a build over it.
 #
 #   FASTCONV_CUDA                AUTO: use a toolkit if there is one · ON: warn if there is none · OFF: do not look
-#   FASTCONV_CUDA_ARCHITECTURES  what the kernels are compiled for, as CMAKE_CUDA_ARCHITECTURES
+#   FASTCONV_CUDA_ARCHITECTURES  what the kernels are compiled for: the PTX of the first, and machine code of each from it
 #   FASTCONV_CUDA_VERSION        the toolkit's version, e.g. 13.0, or empty
 #   FASTCONV_CUDA_REASON         why this build holds no CUDA kernel, for build_info(); empty if it holds some
 
 set(FASTCONV_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON or OFF")
 set_property(CACHE FASTCONV_CUDA PROPERTY STRINGS AUTO ON OFF)
-# The PTX is 90's and not 90a's: what ends in "a" runs on no later GPU.
-set(FASTCONV_CUDA_ARCHITECTURES "80-real;86-real;89-real;90a-real;90-virtual" CACHE STRING "GPUs to compile for")
+# No kernel uses what 8.0 has not, so its PTX, one pass of the compiler, serves all: it becomes machine code for 8.0, which runs on
+# 8.6 and 8.9 too, and for 9.0, and is there for GPUs to come. A pass and machine code for each of the five took twice as long.
+set(FASTCONV_CUDA_ARCHITECTURES "80;90" CACHE STRING "GPUs to compile for, by compute capability")
 
 set(FASTCONV_CUDA_VERSION "")
 set(FASTCONV_CUDA_REASON "")
@@ -61,7 +62,12 @@ fastconv_find_cuda()
 if(FASTCONV_CUDA_VERSION)
   # Set before the language is enabled, which would otherwise choose one for this machine's GPU, or for none.
   set(CMAKE_CUDA_COMPILER "${FASTCONV_NVCC}")
-  set(CMAKE_CUDA_ARCHITECTURES "${FASTCONV_CUDA_ARCHITECTURES}")
+  string(REGEX REPLACE "[^0-9;]" "" architectures "${FASTCONV_CUDA_ARCHITECTURES}")
+  list(REMOVE_DUPLICATES architectures)
+  list(GET architectures 0 first)
+  set(CMAKE_CUDA_ARCHITECTURES "${first}")
+  list(JOIN architectures ",sm_" codes)
+  set(FASTCONV_CUDA_CODE "--gpu-architecture=compute_${first};--gpu-code=compute_${first},sm_${codes}")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
@@ -73,26 +79,25 @@ if(FASTCONV_CUDA_VERSION)
 endif()
 
 if(FASTCONV_CUDA_VERSION)
-  string(REPLACE ";" " " FASTCONV_CUDA_BUILT_FOR "${FASTCONV_CUDA_ARCHITECTURES}")
-  string(REGEX REPLACE "-(real|virtual)" "" FASTCONV_CUDA_BUILT_FOR "${FASTCONV_CUDA_BUILT_FOR}")
+  list(JOIN architectures " " FASTCONV_CUDA_BUILT_FOR)
   message(STATUS "CUDA toolkit ${FASTCONV_CUDA_VERSION}, kernels for ${FASTCONV_CUDA_BUILT_FOR}")
 else()
   set(FASTCONV_CUDA_BUILT_FOR "")
   message(STATUS "CUDA: ${FASTCONV_CUDA_REASON}")
 endif()
 
-# Objects of `sources`, compiled for `architectures` and linked into `target`.
-function(fastconv_add_cuda_objects target name architectures)
+# Objects of the sources that follow, linked into `target`.
+function(fastconv_add_cuda_objects target name)
   add_library(${name} OBJECT ${ARGN})
   target_include_directories(${name} PRIVATE csrc)
   target_link_libraries(${name} PRIVATE CUDA::cudart_static)
   target_compile_definitions(${name} PRIVATE FASTCONV_CUDA FASTCONV_CUDA_ARCHITECTURES="${FASTCONV_CUDA_BUILT_FOR}")
   target_compile_features(${name} PRIVATE cxx_std_20)
   set_target_properties(${name} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static
-                                           CUDA_ARCHITECTURES "${architectures}")
+                                           CUDA_ARCHITECTURES OFF)
   # Not the feature cuda_std_20: CMake 3.25 does not know it for compilers that are newer than itself.
   target_compile_options(${name} PRIVATE -Wall -Wextra
-                                         "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;-Xfatbin=-compress-all;-Xptxas=-v>")
+                         "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;${FASTCONV_CUDA_CODE};-Xfatbin=-compress-all;-Xptxas=-v>")
   # Registers and spills of every kernel, beside its object, for tools/check_gpu_resources.py. The interpreter of the first
   # configuration: with another one's path in their command all objects would be built again.
   set(FASTCONV_COLLECTOR "${Python_EXECUTABLE}" CACHE FILEPATH "Python that keeps the GPU kernels' resource reports")
@@ -106,20 +111,15 @@ endfunction()
 function(fastconv_add_cuda target)
   find_package(CUDAToolkit REQUIRED)
   file(GLOB kernels CONFIGURE_DEPENDS csrc/cuda/kernels/*.cu)
-  # Input gradients launch forward kernels and hold no device code: once through the compiler, not once for each GPU.
-  file(GLOB hosts CONFIGURE_DEPENDS csrc/cuda/kernels/*_dgrad_*.cu)
-  list(REMOVE_ITEM kernels ${hosts})
-  # Attention's kernels take ten times as long as others. Machine code for 8.0 also runs on 8.6 and 8.9.
+  # Attention's kernels take ten times as long as others: an object for each dtype, so that they are compiled side by side, and
+  # first, so that the build does not end with one core waiting for them.
   file(GLOB long CONFIGURE_DEPENDS csrc/cuda/kernels/sdpa_*.cu)
   list(REMOVE_ITEM kernels ${long})
-  set(fewer ${FASTCONV_CUDA_ARCHITECTURES})
-  if("80-real" IN_LIST fewer)
-    list(REMOVE_ITEM fewer 86-real 89-real)
-  endif()
-  list(GET FASTCONV_CUDA_ARCHITECTURES 0 first)
-  fastconv_add_cuda_objects(${target} fastconv_cuda "${FASTCONV_CUDA_ARCHITECTURES}" ${kernels})
-  fastconv_add_cuda_objects(${target} fastconv_cuda_long "${fewer}" ${long})
-  fastconv_add_cuda_objects(${target} fastconv_cuda_host "${first}" ${hosts} csrc/cuda/gpu.cpp)
+  foreach(dtype BF16 F16 F32)
+    fastconv_add_cuda_objects(${target} fastconv_cuda_long_${dtype} ${long})
+    target_compile_definitions(fastconv_cuda_long_${dtype} PRIVATE FASTCONV_ONE_DTYPE FASTCONV_${dtype})
+  endforeach()
+  fastconv_add_cuda_objects(${target} fastconv_cuda ${kernels} csrc/cuda/gpu.cpp)
   # Static, so that importing needs no CUDA library, and hidden: torch may bring a runtime of its own.
   target_link_libraries(${target} PUBLIC CUDA::cudart_static)
   target_link_options(${target} PUBLIC LINKER:--exclude-libs,libcudart_static.a)

@@ -97,6 +97,16 @@ void run_norm(const AnyPlan& plan, const std::array<uintptr_t, 13>& a, std::opti
       workspace, stream);
 }
 
+// In the order of BatchNormArgs, 0 for what is absent.
+void run_batch_norm(const AnyPlan& plan, const std::array<uintptr_t, 12>& a, std::optional<uintptr_t> workspace,
+                    uintptr_t stream) {
+  run(plan,
+      BatchNormArgs{address<void>(a[0]), address<void>(a[1]), address<void>(a[2]), address<void>(a[3]), address<void>(a[4]),
+                    address<void>(a[5]), address<void>(a[6]), address<void>(a[7]), address<void>(a[8]), address<void>(a[9]),
+                    address<void>(a[10]), address<void>(a[11])},
+      workspace, stream);
+}
+
 template <class Problem>
 py::list explain(const std::string& op, const Problem& problem, const std::string& force, bool strict, int device) {
   py::list table;
@@ -244,6 +254,20 @@ void bind_problems(py::module_& m) {
              return NormProblem{.dtype = parse_dtype(dtype), .N = N, .C = C, .eps = eps};
            }),
            py::kw_only(), "dtype"_a, "N"_a, "C"_a, "eps"_a);
+  py::class_<BatchNormProblem>(m, "BatchNormProblem")
+      .def(py::init([](const std::string& dtype, int64_t N, int64_t C, int64_t P, bool channels_last, bool training,
+                       bool residual, const std::string& activation, double eps) {
+             return BatchNormProblem{.dtype = parse_dtype(dtype),
+                                     .N = N,
+                                     .C = C,
+                                     .P = P,
+                                     .channels_last = channels_last,
+                                     .training = training,
+                                     .residual = residual,
+                                     .activation = parse_activation(activation),
+                                     .eps = eps};
+           }),
+           py::kw_only(), "dtype"_a, "N"_a, "C"_a, "P"_a, "channels_last"_a, "training"_a, "residual"_a, "activation"_a, "eps"_a);
 }
 
 template <class Problem>
@@ -273,6 +297,7 @@ PYBIND11_MODULE(_C, m) {
   bind_selection<Pool2dProblem>(m);
   bind_selection<SdpaProblem>(m);
   bind_selection<NormProblem>(m);
+  bind_selection<BatchNormProblem>(m);
   py::class_<AnyPlan>(m, "Plan")
       .def_property_readonly("kernel", &AnyPlan::kernel)
       .def_property_readonly("workspace", &AnyPlan::workspace)
@@ -286,7 +311,8 @@ PYBIND11_MODULE(_C, m) {
           py::call_guard<py::gil_scoped_release>(), "w"_a, "packed"_a)
       .def("run_pool2d", &run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a = py::none(), "stream"_a = 0)
       .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0)
-      .def("run_norm", &run_norm, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0);
+      .def("run_norm", &run_norm, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0)
+      .def("run_batch_norm", &run_batch_norm, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0);
   if (!add_eager_calls(m.ptr())) throw py::error_already_set();
   m.def("kernels", &kernels);
   m.def("machine", &machine);

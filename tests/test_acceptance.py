@@ -9,11 +9,12 @@ import pytest
 
 from fastconv.testing import grids, harness
 from fastconv.testing.attention import SDPA_OPS
+from fastconv.testing.batch_norm import BATCH_NORM_OPS
 from fastconv.testing.norm import NORM_OPS
 from fastconv.testing.problems import AVG_POOL_OPS, CONV_OPS, MAX_POOL_OPS, Case
 from fastconv.testing.tolerance import HALVES
 
-OPS = CONV_OPS + MAX_POOL_OPS + AVG_POOL_OPS + SDPA_OPS + NORM_OPS
+OPS = CONV_OPS + MAX_POOL_OPS + AVG_POOL_OPS + SDPA_OPS + NORM_OPS + BATCH_NORM_OPS
 DTYPES = ("f32", "f64")
 PAIRS = [(op, dtype) for op in OPS for dtype in (*DTYPES, *(("bf16", "f16") if op in SDPA_OPS else ()))]
 

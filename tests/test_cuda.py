@@ -33,8 +33,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(plan, "_C", emulator.Emulator(library))
         monkeypatch.setattr(_cuda_calls, "device", lambda op, tensors: 0)
         monkeypatch.setattr(_cuda_calls, "stream", lambda device: 0)
+    # Neither side rounds float32 to tf32 but where a test asks for it.
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
     _cuda_calls.planned.cache_clear()
     yield "cpu" if request.param == "emulated" else "cuda"
+    for switch, allowed in zip(switches, before):
+        switch.allow_tf32 = allowed
     _cuda_calls.planned.cache_clear()
 
 
@@ -72,6 +79,35 @@ def test_convolution_and_its_gradients(device: str, last: bool, dtype: torch.dty
 def test_linear(device: str) -> None:
     x, w, bias = (operand(device, *shape, last=False) for shape in ((2, 5, 24), (10, 24), (10,)))
     compare(cuda.linear(x, w, bias), F.linear(x.double(), w.double(), bias.double()), [x, w, bias], torch.float32)
+
+
+@pytest.mark.parametrize("layer", ["conv", "linear"])
+def test_tf32_where_torch_allows_it_and_nobody_is_strict(device: str, layer: str) -> None:
+    mine, other = torch.backends.cudnn, torch.backends.cuda.matmul
+    if layer == "linear":
+        mine, other = other, mine
+    x, w = operand(device, 2, 32, 5, 6, last=True), operand(device, 64, 32, 1, 1, last=True)
+
+    def call() -> list[Tensor]:
+        if layer == "conv":
+            y = cuda.conv2d(x, w)
+        else:
+            y = cuda.linear(x.permute(0, 2, 3, 1), w.flatten(1)).permute(0, 3, 1, 2)
+        return [y.detach(), *torch.autograd.grad(y, [x, w], y.detach())]
+
+    exact = call()
+    other.allow_tf32 = True
+    assert all(map(torch.equal, call(), exact))
+    mine.allow_tf32 = True
+    rounded = call()
+    fastconv.set_accuracy("strict")
+    try:
+        assert all(map(torch.equal, call(), exact))
+    finally:
+        fastconv.set_accuracy("fast")
+    size = F.conv2d(x.detach().abs(), w.detach().abs())
+    assert ((rounded[0] - exact[0]).abs() <= 2**-10 * 1.01 * size).all()
+    assert not any(map(torch.equal, rounded, exact))
 
 
 @pytest.mark.parametrize("last", [False, True])

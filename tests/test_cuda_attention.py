@@ -57,6 +57,38 @@ def test_tiles(emulated: emulator.Emulator, name: str) -> None:
         harness.check(name, parse(case), place="low")
 
 
+FORWARD_KERNELS = [name for name in KERNELS if "fwd" in name]
+
+# Two segments of keys, which are joined; in the second problem queries see the last one alone, or nothing at all.
+SEGMENTS = (
+    "n1h4g2q1k2100d16v24-blhd+sink+bias_h",
+    "n1h2g1q3k2200d16v16-bhld+lower+window900",
+    "n1h1g1q2k2048d8v40-bhld+mask_k+bool",
+)
+
+
+@pytest.mark.parametrize("name", FORWARD_KERNELS)
+def test_segments_of_keys(emulated: emulator.Emulator, name: str) -> None:
+    for emulated.seed, case in enumerate(SEGMENTS):
+        harness.check(name, parse(case), place="low")
+
+
+@pytest.mark.parametrize("name", [name for name in FORWARD_KERNELS if ".f16." not in name])
+def test_segments_are_cut_whatever_runs_beside(emulated: emulator.Emulator, cuda_cache: Path, name: str) -> None:
+    """A query alone, beside another, and where the sums of one tile at a time have room."""
+    case = parse("n2h1g1q2k2100d16v16-bhld+lower")
+    inputs, _ = harness.problem_data("sdpa_fwd", case, dtype=name.split(".")[2])
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    whole = forward(name, case, q=q, k=k, v=v)
+    alone = forward(name, parse("n1h1g1q1k2100d16v16-bhld+lower"), q=q[1:, :, -1:], k=k[1:], v=v[1:])
+    np.testing.assert_array_equal(alone[0, 0, 0], whole[1, 0, -1])
+    file, *narrow = NARROW["sdpa_fwd"]
+    edits = {file: (*narrow, "kSumsAtMost = 64 << 20", "kSumsAtMost = 1")}
+    library = emulator.build(ROOT, cuda_cache, sanitize=SANITIZE, edits=edits, only="sdpa_fwd.flash")
+    with harness.using(emulator.Emulator(library)):
+        np.testing.assert_array_equal(forward(name, case, q=q, k=k, v=v), whole)
+
+
 @pytest.mark.parametrize("name", [name for name in KERNELS if ".f16." not in name])
 def test_bits_depend_on_no_schedule(emulated: emulator.Emulator, name: str) -> None:
     op, _, dtype, _ = name.split(".")
@@ -74,7 +106,7 @@ def forward(name: str, case: SdpaCase, **inputs: np.ndarray) -> np.ndarray:
     return harness.run(op, case, dtype, inputs, force=name).outputs["out"]
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if "fwd" in name])
+@pytest.mark.parametrize("name", FORWARD_KERNELS)
 def test_a_query_depends_on_itself_and_the_keys_it_sees(emulated: emulator.Emulator, name: str) -> None:
     """Beside others and alone, from wherever it lies in its tile, and whatever hidden values hold."""
     case = parse("n2h2g1q70k90d16v24-bhld+lower+window30")
@@ -150,6 +182,18 @@ MUTANTS = {
         "j < keys.end; }",
         "j <= keys.end; }",
         "sdpa_fwd.flash.f32 n1h1g1q20k30d8v8-bhld+causal",
+    ),
+    "sums of a segment that nobody saw": (
+        FORWARD,
+        " && (seen >> s & 1)",
+        "",
+        "sdpa_fwd.flash.bf16 n1h1g1q1k2048d8v8-bhld+lower+window900",
+    ),
+    "a segment that begins a tile too late": (
+        FORWARD,
+        "int n = seen_from(begin), stage",
+        "int n = seen_from(begin + (begin ? Tiles::kN : 0)), stage",
+        "sdpa_fwd.flash.bf16 n1h1g1q1k2048d8v8-bhld",
     ),
     "no barrier before weights are read": (
         SIMT,

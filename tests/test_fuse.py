@@ -84,6 +84,15 @@ def assert_same(model: nn.Module, fused: nn.Module, x: Tensor, share: float = 1e
     assert error <= share * scale, f"differs by {error:.3g}, the largest value is {scale:.3g}"
 
 
+def assert_accurate(model: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    """Both within 1e-4 of float64. Deep networks at their start multiply rounding: torch's own Inception v3 is 4e-5 off here."""
+    with torch.no_grad():
+        exact = models.main_output(copy.deepcopy(model).double()(x.double()))
+        for network in (model, fused):
+            error = float((models.main_output(network(x)) - exact).abs().max() / exact.abs().max())
+            assert error <= 1e-4, f"differs by {error:.3g} of the largest value"
+
+
 def bits(model: nn.Module) -> dict[str, bytes]:
     return {key: tensor.contiguous().numpy().tobytes() for key, tensor in model.state_dict().items()}
 
@@ -104,7 +113,7 @@ def test_models(name: str) -> None:
     assert not report.untraced
     before = fastconv.fallback_counts()
     with fastconv.observe() as records:
-        assert_same(model, fused, x, 1e-4)
+        assert_accurate(model, fused, x)
     assert fastconv.fallback_counts() == before
     assert sum(record.op == "conv2d_fwd" for record in records) >= 2 * convolutions
     assert bits(fused) == bits(model) == state

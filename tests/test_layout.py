@@ -37,7 +37,7 @@ LEVELS = [
     {"testing", "plan"},
     {"ops", "numpy"},
     {"_conv_checks", "_cuda_calls", "_pool_checks"},
-    {"_attention", "_convolution", "_normalization", "_pooling"},
+    {"_attention", "_batch_norm", "_convolution", "_normalization", "_pooling"},
     {"_attention_lengths", "_cuda_attention", "_fused", "_resolvers", "_same_pooling"},
     {"cuda"},
     {"functional"},

@@ -163,6 +163,7 @@ SCALED_UP = (
 )
 
 LAYER_NAMES = (
+    "BatchNorm2d",
     "Conv2d",
     "ConvTranspose2d",
     "Linear",

@@ -129,6 +129,7 @@ def test_copies(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], shape:
 def test_every_class_subclasses_torch_s(name: str) -> None:
     assert getattr(ours, name).__mro__[1] is getattr(theirs, name)
     elsewhere = {"MultiheadAttention", "TransformerEncoder", "TransformerEncoderLayer"}  # in test_multihead
+    elsewhere |= {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}  # in test_batch_norm
     assert {case[0] for case in LAYERS} | elsewhere == set(ours.__all__) - {"ConvBnAct"}
 
 
@@ -235,11 +236,11 @@ def test_convert_and_revert() -> None:
     x = torch.randn(2, 3, 12, 12)
 
     report = fastconv.convert(model)
-    assert report.swapped == {"Conv2d": 3, "MaxPool2d": 1, "AdaptiveAvgPool2d": 1, "Linear": 1}
-    assert report.count == 6
+    assert report.swapped == {"Conv2d": 3, "BatchNorm2d": 1, "MaxPool2d": 1, "AdaptiveAvgPool2d": 1, "Linear": 1}
+    assert report.count == 7
     assert not report.kept
     assert not report.already
-    assert "converted 6 layers: 1 AdaptiveAvgPool2d, 3 Conv2d, 1 Linear, 1 MaxPool2d" in str(report)
+    assert "converted 7 layers: 1 AdaptiveAvgPool2d, 1 BatchNorm2d, 3 Conv2d, 1 Linear, 1 MaxPool2d" in str(report)
     assert type(model[0]) is ours.Conv2d
     assert type(model[2].conv) is ours.Conv2d
     assert model[2].again is model[2].conv
@@ -250,9 +251,9 @@ def test_convert_and_revert() -> None:
 
     again = fastconv.convert(model)
     assert again.count == 0
-    assert sum(again.already.values()) == 6
+    assert sum(again.already.values()) == 7
     back = fastconv.revert(model)
-    assert back.count == 6
+    assert back.count == 7
     assert classes(model) == classes(twin)
 
 

@@ -172,4 +172,28 @@ struct NormProblem {
   double eps;
 };
 
+// What is absent is null. Forward reads x, residual, gamma, beta and writes y; backward reads x, residual, gamma, beta, dy and
+// writes those of dx, dresidual, dgamma, dbeta that are there. gamma, beta, mean, variance and their gradients are C numbers;
+// mean and variance are written by a forward pass in training and read by every other.
+struct BatchNormArgs {
+  void *x, *residual, *gamma, *beta, *mean, *variance, *y;
+  void *dy, *dx, *dresidual, *dgamma, *dbeta;
+};
+
+// Batch normalisation of C channels of N samples at P positions, x[n][p][c] where channels are last and x[n][c][p] otherwise:
+//
+//   fwd   y = activation(z),  z = (x - mean[c]) * rstd[c] * gamma[c] + beta[c] + residual,  rstd = 1 / sqrt(variance + eps)
+//         training: mean and variance (of the numbers themselves, divided by N*P) are those of the channel in this batch
+//   bwd   with h = (x - mean) * rstd and g = dy * activation'(z), sums and averages over a channel,
+//         dx = rstd * gamma * (g - average(g) - h * average(g * h)) in training, rstd * gamma * g otherwise
+//         dresidual = g,  dgamma = sum(g * h),  dbeta = sum(g)
+struct BatchNormProblem {
+  using Args = BatchNormArgs;
+  Dtype dtype;
+  int64_t N, C, P;
+  bool channels_last, training, residual;
+  Activation activation;
+  double eps;
+};
+
 }  // namespace fastconv

@@ -17,6 +17,8 @@ using sdpa_fwd_problem = SdpaProblem;
 using sdpa_bwd_problem = SdpaProblem;
 using layer_norm_fwd_problem = NormProblem;
 using layer_norm_bwd_problem = NormProblem;
+using batch_norm_fwd_problem = BatchNormProblem;
+using batch_norm_bwd_problem = BatchNormProblem;
 
 // kernels.def is read once for each target that this build has: first to declare the constants, then to list them.
 #define FC_SYMBOL(op, algorithm, dtype) op##_##algorithm##_##dtype

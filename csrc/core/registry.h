@@ -13,7 +13,8 @@ struct Row {
   const char *op, *algorithm, *dtype, *target;
   std::string name;  // op.algorithm.dtype.target
   Isa isa;
-  std::variant<const Kernel<Conv2dProblem>*, const Kernel<Pool2dProblem>*, const Kernel<SdpaProblem>*, const Kernel<NormProblem>*>
+  std::variant<const Kernel<Conv2dProblem>*, const Kernel<Pool2dProblem>*, const Kernel<SdpaProblem>*, const Kernel<NormProblem>*,
+               const Kernel<BatchNormProblem>*>
       kernel;
 };
 

@@ -83,6 +83,12 @@ double nominal_cost(const std::string&, const Kernel<NormProblem>& kernel, NormP
   return kernel.cost(problem, machine);
 }
 
+double nominal_cost(const std::string&, const Kernel<BatchNormProblem>& kernel, BatchNormProblem problem,
+                    const Machine& machine) {
+  if (!problem.training) problem.N = kNominalBatch;
+  return kernel.cost(problem, machine);
+}
+
 }  // namespace
 
 template <class Problem>
@@ -98,8 +104,10 @@ std::vector<Candidate> candidates(const std::string& op, const Problem& problem,
     if (std::string(row.dtype) != dtype_name(problem.dtype)) continue;
     Candidate candidate{&row, why_not_runnable(row, wish.device), kNever};
     if (candidate.verdict.empty() && !named(row, wish.force)) candidate.verdict = "not the forced '" + wish.force + "'";
-    if (candidate.verdict.empty() && wish.strict && (*kernel)->error_growth > 1)
+    if (candidate.verdict.empty() && wish.strict && (*kernel)->error_growth > 1) {
       candidate.verdict = "set_accuracy(\"strict\") rules it out";
+      if (wish.device != kCpu) candidate.verdict = "set_accuracy(\"strict\") or torch's own switch of tf32 rules it out";
+    }
     if (candidate.verdict.empty()) {
       const char* reason = (*kernel)->reject(problem);
       if (reason) {
@@ -137,9 +145,11 @@ template std::vector<Candidate> candidates(const std::string&, const Conv2dProbl
 template std::vector<Candidate> candidates(const std::string&, const Pool2dProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const SdpaProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const NormProblem&, const Wish&);
+template std::vector<Candidate> candidates(const std::string&, const BatchNormProblem&, const Wish&);
 template Plan<Conv2dProblem> choose(const std::string&, const Conv2dProblem&, int, const Wish&);
 template Plan<Pool2dProblem> choose(const std::string&, const Pool2dProblem&, int, const Wish&);
 template Plan<SdpaProblem> choose(const std::string&, const SdpaProblem&, int, const Wish&);
 template Plan<NormProblem> choose(const std::string&, const NormProblem&, int, const Wish&);
+template Plan<BatchNormProblem> choose(const std::string&, const BatchNormProblem&, int, const Wish&);
 
 }  // namespace fastconv

@@ -6,16 +6,16 @@
 #include <utility>
 #include <variant>
 
+#include "core/huge_pages.h"
 #include "core/select.h"
+#include "eager/written.h"
 
 namespace fastconv {
 
 class AnyPlan {
  public:
-  explicit AnyPlan(Plan<Conv2dProblem> plan) : plan_(std::move(plan)) {}
-  explicit AnyPlan(Plan<Pool2dProblem> plan) : plan_(std::move(plan)) {}
-  explicit AnyPlan(Plan<SdpaProblem> plan) : plan_(std::move(plan)) {}
-  explicit AnyPlan(Plan<NormProblem> plan) : plan_(std::move(plan)) {}
+  template <class Problem>
+  explicit AnyPlan(Plan<Problem> plan) : written_(written(plan.row->op, plan.problem)), plan_(std::move(plan)) {}
 
   const std::string& kernel() const {
     return std::visit([](const auto& plan) -> const std::string& { return plan.row->name; }, plan_);
@@ -59,14 +59,29 @@ class AnyPlan {
   void run(const NormArgs& args, void* workspace, void* stream = nullptr) const {
     run(std::get<Plan<NormProblem>>(plan_), args, workspace, stream);
   }
+  void run(const BatchNormArgs& args, void* workspace, void* stream = nullptr) const {
+    run(std::get<Plan<BatchNormProblem>>(plan_), args, workspace, stream);
+  }
 
  private:
   template <class Problem>
-  static void run(const Plan<Problem>& plan, const typename Problem::Args& args, void* workspace, void* stream) {
+  void run(const Plan<Problem>& plan, const typename Problem::Args& args, void* workspace, void* stream) const {
+    for (const Written& result : written_) {
+      // Nobody can move the pages of a GPU's memory, and few results are so large that it matters.
+      if (result.bytes >= kHugePagesFrom && plan.device == kCpu) prefer_huge_pages(pointers(args)[result.operand], result.bytes);
+    }
     plan.kernel->run(plan.problem, args, {&plan.machine, workspace, plan.device, stream});
   }
 
-  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>, Plan<NormProblem>> plan_;
+  // Args are nothing but pointers.
+  template <class Args>
+  static void* const* pointers(const Args& args) {
+    static_assert(sizeof(Args) % sizeof(void*) == 0);
+    return reinterpret_cast<void* const*>(&args);
+  }
+
+  AllWritten written_;
+  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>, Plan<NormProblem>, Plan<BatchNormProblem>> plan_;
 };
 
 }  // namespace fastconv

@@ -89,6 +89,21 @@ class SdpaProblem:
 class NormProblem:
     def __init__(self, *, dtype: str, N: int, C: int, eps: float) -> None: ...
 
+class BatchNormProblem:
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        N: int,
+        C: int,
+        P: int,
+        channels_last: bool,
+        training: bool,
+        residual: bool,
+        activation: str,
+        eps: float,
+    ) -> None: ...
+
 class Plan:
     @property
     def kernel(self) -> str: ...
@@ -113,6 +128,7 @@ class Plan:
     def run_pool2d(self, x: int, y: int, indices: int, workspace: int | None = None, stream: int = 0) -> None: ...
     def run_sdpa(self, addresses: Sequence[int], workspace: int | None = None, stream: int = 0) -> None: ...
     def run_norm(self, addresses: Sequence[int], workspace: int | None = None, stream: int = 0) -> None: ...
+    def run_batch_norm(self, addresses: Sequence[int], workspace: int | None = None, stream: int = 0) -> None: ...
 
 def kernels() -> list[KernelInfo]: ...
 def machine() -> dict[str, Any]: ...
@@ -137,6 +153,10 @@ def plan(
     op: str, problem: NormProblem, threads: int, force: str = "", strict: bool = False, device: int = -1
 ) -> Plan: ...
 @overload
+def plan(
+    op: str, problem: BatchNormProblem, threads: int, force: str = "", strict: bool = False, device: int = -1
+) -> Plan: ...
+@overload
 def explain(
     op: str, problem: Conv2dProblem, force: str = "", strict: bool = False, device: int = -1
 ) -> list[tuple[str, str, float]]: ...
@@ -151,6 +171,10 @@ def explain(
 @overload
 def explain(
     op: str, problem: NormProblem, force: str = "", strict: bool = False, device: int = -1
+) -> list[tuple[str, str, float]]: ...
+@overload
+def explain(
+    op: str, problem: BatchNormProblem, force: str = "", strict: bool = False, device: int = -1
 ) -> list[tuple[str, str, float]]: ...
 
 # ---- Calls on torch's tensors: csrc/eager --------------------------------------------------------------------------------------

@@ -25,6 +25,16 @@ def device(op: str, tensors: dict[str, Tensor | None]) -> int:
     return first.get_device()
 
 
+def allows_tf32(product: str) -> bool:
+    """Whether torch's own switches let products of float32 be rounded to tf32: of a "conv", or of a "matmul".
+
+    `torch.backends.cudnn.allow_tf32` and `torch.backends.cuda.matmul.allow_tf32` set these two.
+    """
+    backends: Any = torch.backends
+    switch = backends.cudnn.conv if product == "conv" else backends.cuda.matmul
+    return bool(switch.fp32_precision == "tf32")
+
+
 def stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
@@ -34,9 +44,14 @@ def planned(op: str, make: Any, arguments: tuple[Any, ...], device: int, force: 
     return plan.native().plan(op, make(*arguments), 1, force, strict, device)
 
 
-def run_addresses(op: str, make: Any, arguments: tuple[Any, ...], device: int, like: Tensor, *addresses: int) -> None:
-    """Starts the kernel for `make(*arguments)`, with its operands in the order of the problem's Args."""
-    chosen = planned(op, make, arguments, device, plan.forced.get().get(op, ""), plan.strict)
+def run_addresses(
+    op: str, make: Any, arguments: tuple[Any, ...], device: int, like: Tensor, *addresses: int, strict: bool = False
+) -> None:  # fmt: skip
+    """Starts the kernel for `make(*arguments)`, with its operands in the order of the problem's Args.
+
+    `strict` asks for a plain sum's accuracy, as `set_accuracy("strict")` does.
+    """
+    chosen = planned(op, make, arguments, device, plan.forced.get().get(op, ""), plan.strict or strict)
     workspace = torch.empty(chosen.workspace, dtype=torch.uint8, device=like.device)
     there = {"workspace": workspace.data_ptr(), "stream": stream(device)}
     if op.startswith("sdpa"):
@@ -48,6 +63,9 @@ def run_addresses(op: str, make: Any, arguments: tuple[Any, ...], device: int, l
         run(*addresses, **there)
 
 
-def run(op: str, make: Any, arguments: tuple[Any, ...], device: int, like: Tensor, *operands: Tensor | None) -> None:
+def run(
+    op: str, make: Any, arguments: tuple[Any, ...], device: int, like: Tensor, *operands: Tensor | None, strict: bool = False
+) -> None:  # fmt: skip
     """The same on tensors, None where one is absent."""
-    run_addresses(op, make, arguments, device, like, *(0 if t is None else t.data_ptr() for t in operands))
+    addresses = (0 if t is None else t.data_ptr() for t in operands)
+    run_addresses(op, make, arguments, device, like, *addresses, strict=strict)

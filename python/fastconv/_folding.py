@@ -22,6 +22,8 @@ ACTIVATION_LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 # By what torch calls the form of gelu.
+# torch.nn.BatchNorm2d, and the same on our kernels: subclasses of somebody else's may do anything.
+_PLAIN = ("torch.nn.modules.batchnorm", "fastconv.nn")
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 # As functions, and as methods by their names.
@@ -68,7 +70,7 @@ def activation_name(activation: Any) -> str | None:
 
 def why_not_folded(norm: torch.nn.Module) -> str:
     """Why this layer is no factor and summand of each channel; "" where it is."""
-    if type(norm) is not torch.nn.BatchNorm2d:
+    if not isinstance(norm, torch.nn.BatchNorm2d) or type(norm).__module__ not in _PLAIN:
         return f"it is {type(norm).__name__}, which cannot be folded"
     if norm.training:
         return "it is in training mode"

@@ -113,6 +113,8 @@ _CALLS = {
     "sdpa_bwd": ("scaled_dot_product_attention", "query"),
     "layer_norm_fwd": ("layer_norm", ""),
     "layer_norm_bwd": ("layer_norm", "input"),
+    "batch_norm_fwd": ("batch_norm", ""),
+    "batch_norm_bwd": ("batch_norm", "input"),
 }
 
 
@@ -122,8 +124,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         print(fastconv.explain("conv2d_fwd", x, w, stride=2, padding=1))
 
     The arguments are those of `fastconv.functional.conv2d` (of `linear`, where the weight of a convolution's op is a matrix),
-    `max_pool2d`, `avg_pool2d`, `scaled_dot_product_attention` or `layer_norm`, for the gradients too: what is then explained is
-    the backward pass of that call. No kernel runs. Choices by `use`, `set_accuracy` and the number of threads count.
+    `max_pool2d`, `avg_pool2d`, `scaled_dot_product_attention`, `layer_norm` or `batch_norm`, for the gradients too: what is then
+    explained is the backward pass of that call. No kernel runs. Choices by `use`, `set_accuracy` and the number of threads count.
 
     Raises ValueError for an unknown op, NotImplementedError for a call that torch answers, and what the call itself would raise.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.nn import Module
-from torch.nn.modules import conv, pooling
+from torch.nn.modules import batchnorm, conv, pooling
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
@@ -28,8 +28,11 @@ _THEIRS: Mapping[type[Module], type[Module]] = {
     nn.Conv3d: torch.nn.Conv3d,
 }
 
-# What a report speaks of; other layers (batch norms, activations) are none of its business.
+# What a report speaks of; other layers (activations, instance norms) are none of its business.
 _FAMILIES = (
+    batchnorm.BatchNorm1d,
+    batchnorm.BatchNorm2d,
+    batchnorm.BatchNorm3d,
     conv._ConvNd,
     pooling._MaxPoolNd,
     pooling._AvgPoolNd,
@@ -57,7 +60,7 @@ class Report:
     """What `convert` or `revert` did.
 
     `swapped` counts the layers by class name, `already` those that needed no swap, and `kept` lists the convolutions, pools,
-    linear layers and layer norms that were left alone. A layer that occurs under several names counts once.
+    linear layers, batch norms and layer norms that were left alone. A layer that occurs under several names counts once.
     """
 
     action: str

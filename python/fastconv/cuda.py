@@ -50,14 +50,15 @@ def _last(t: Tensor) -> bool:
 class _Conv2d(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, device: int, y_shape: Any, geometry: Any
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, device: int, y_shape: Any, geometry: Any, product: str
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.device, ctx.geometry = device, geometry
+        ctx.device, ctx.geometry, ctx.product = device, geometry, product
         y = _empty(x, y_shape, _last(x) or _last(w))
         bias = None if bias is None else bias.contiguous()
         problem = DTYPES[x.dtype], _layout(x), _layout(w), _layout(y), *geometry, bias is not None
-        calls.run("conv2d_fwd", plan.conv2d_problem, problem, device, x, x, w, bias, None, y)
+        strict = not calls.allows_tf32(product)
+        calls.run("conv2d_fwd", plan.conv2d_problem, problem, device, x, x, w, bias, None, y, strict=strict)
         return y
 
     @staticmethod
@@ -66,16 +67,17 @@ class _Conv2d(Function):
         x, w = ctx.saved_tensors
         dx = dw = db = None
         wants_x, wants_w, wants_bias = ctx.needs_input_grad[:3]
+        strict = not calls.allows_tf32(ctx.product)
         if wants_x:
             dx = _empty(x, tuple(x.shape), _last(x))
             problem = DTYPES[x.dtype], _layout(dx), _layout(w), _layout(dy), *ctx.geometry
-            calls.run("conv2d_dgrad", plan.conv2d_problem, problem, ctx.device, x, dx, w, None, None, dy)
+            calls.run("conv2d_dgrad", plan.conv2d_problem, problem, ctx.device, x, dx, w, None, None, dy, strict=strict)
         if wants_w or wants_bias:
             dw = _empty(w, tuple(w.shape), _last(w))
             db = torch.empty(w.shape[0], dtype=w.dtype, device=w.device) if wants_bias else None
             problem = DTYPES[x.dtype], _layout(x), _layout(dw), _layout(dy), *ctx.geometry, wants_bias
-            calls.run("conv2d_wgrad", plan.conv2d_problem, problem, ctx.device, x, x, dw, db, None, dy)
-        return dx, dw, db, None, None, None
+            calls.run("conv2d_wgrad", plan.conv2d_problem, problem, ctx.device, x, x, dw, db, None, dy, strict=strict)
+        return dx, dw, db, None, None, None, None
 
 
 def conv2d(
@@ -89,16 +91,26 @@ def conv2d(
 ) -> Tensor:
     """`torch.nn.functional.conv2d` of `input` (N, C, H, W), `weight` (K, C/groups, R, S) and `bias` (K) on one GPU.
 
+    float32 is rounded to tf32 where torch's own `torch.backends.cudnn.allow_tf32` (or `.conv.fp32_precision`) lets it, and never
+    under `set_accuracy("strict")`.
     Returns (N, K, P, Q), channels_last where an operand is. Raises what torch raises for arguments that do not fit, RuntimeError
     where the operands are not on one CUDA device, NotImplementedError, with reasons, for a dtype or problem without a kernel.
     """
+    return _convolve("conv", input, weight, bias, stride, padding, dilation, groups)
+
+
+def _convolve(
+    product: str, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Size, padding: Size | str, dilation: Size,
+    groups: int,
+) -> Tensor:  # fmt: skip
+    """conv2d, whose precision is what torch says of a `product`."""
     op = "conv2d"
     device = calls.device(op, _conv_checks.tensors(op, input, weight, bias))
     _conv_checks.check_dtypes(op, input, weight, bias)
     _conv_checks.check_ranks(op, 2, input, weight)
     g = _conv_checks.geometry(op, 2, weight, stride, padding, dilation, groups, 0)
     if input.dim() == 3:
-        return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+        return _convolve(product, input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     _conv_checks.check_shapes(op, False, input, weight, bias, g.groups)
     _conv_checks.check_extent(op, input, weight, g)
     if input.numel() == 0 or weight.numel() == 0 or g.huge():
@@ -108,14 +120,19 @@ def conv2d(
     size = tuple((n + a + b - d * (r - 1) - 1) // u + 1 for n, r, u, a, b, d in windows)
     y_shape = (input.shape[0], weight.shape[0], *size)
     geometry = g.stride, (top, bottom, left, right), g.dilation, g.groups
-    return _Conv2d.apply(input, weight, bias, device, y_shape, geometry)  # type: ignore[no-any-return, no-untyped-call]
+    return _Conv2d.apply(  # type: ignore[no-any-return, no-untyped-call]
+        input, weight, bias, device, y_shape, geometry, product
+    )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`input` (…, I) times `weight` (O, I) transposed, plus `bias` (O): a 1x1 convolution. Returns (…, O); errors as `conv2d`."""
+    """`input` (…, I) times `weight` (O, I) transposed, plus `bias` (O): a 1x1 convolution. Returns (…, O); errors as `conv2d`.
+
+    tf32 where `torch.backends.cuda.matmul.allow_tf32` (or its `fp32_precision`) lets it.
+    """
     _conv_checks.check_linear("linear", input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
-    y = conv2d(rows[:, :, None, None], weight[:, :, None, None], bias)
+    y = _convolve("matmul", rows[:, :, None, None], weight[:, :, None, None], bias, 1, 0, 1, 1)
     return y.reshape(*input.shape[:-1], weight.shape[0])
 
 

@@ -1,4 +1,4 @@
-"""torch.nn.functional's convolutions, pools, linear, layer norm and attention on fastconv's kernels.
+"""torch.nn.functional's convolutions, pools, linear, batch norm, layer norm and attention on fastconv's kernels.
 
 Signatures, results, memory formats and exceptions are torch's.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from . import _resolvers  # noqa: F401 - registers itself, as does the next
 from ._attention import scaled_dot_product_attention
 from ._attention_lengths import scaled_dot_product_attention_varlen, scaled_dot_product_attention_with_cache
+from ._batch_norm import batch_norm
 from ._convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, linear
 from ._normalization import layer_norm
 from ._pooling import (
@@ -38,6 +39,7 @@ __all__ = [
     "adaptive_max_pool2d_with_indices",
     "avg_pool1d",
     "avg_pool2d",
+    "batch_norm",
     "conv1d",
     "conv2d",
     "conv3d",

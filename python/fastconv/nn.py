@@ -1,4 +1,4 @@
-"""torch.nn's convolutions, pools, Linear, LayerNorm, MultiheadAttention and Transformer encoder on fastconv's kernels.
+"""torch.nn's convolutions, pools, Linear, BatchNorm, LayerNorm, MultiheadAttention and Transformer encoder on fastconv's kernels.
 
 Each class subclasses the one it is named after: constructor, initialisation, parameters, repr, state_dict and pickle are torch's,
 and so is every error of the constructor. Only the forward pass differs, and it calls `fastconv.functional`.
@@ -30,6 +30,9 @@ __all__ = [
     "AdaptiveMaxPool2d",
     "AvgPool1d",
     "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -106,9 +109,9 @@ class ConvBnAct(torch.nn.Sequential):
     """Convolution without bias, BatchNorm, activation: (N, C, H, W) to (N, K, P, Q), P = ceil(H/stride) unless padding is given.
 
     In eval mode the norm is folded into the weights at each call and the rest is done by the convolution's kernel, as is an
-    addition before the activation: ``block(x, residual)``. Gradients flow as ever. In training mode they are three steps.
-    `fastconv.fuse` keeps the folded weights. Keys are those of a Sequential: "0" the convolution, "1" the norm, as in
-    torchvision's blocks.
+    addition before the activation: ``block(x, residual)``. Gradients flow as ever. `fastconv.fuse` keeps the folded weights. In
+    training mode the convolution is one step, and norm, addition and activation are another. Keys are those of a Sequential: "0"
+    the convolution, "1" the norm, as in torchvision's blocks.
 
     Args:
         activation: "relu", "relu6", "silu", "hardswish", "gelu" (the erf form), "gelu_tanh", "sigmoid" or "none".
@@ -136,7 +139,7 @@ class ConvBnAct(torch.nn.Sequential):
             padding = tuple((k - 1) // 2 * d for k, d in zip(_pair(kernel_size), _pair(dilation)))
         conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
         acts = [] if activation == "none" else [ACTIVATION_LAYERS[activation]()]
-        super().__init__(conv, torch.nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum), *acts)
+        super().__init__(conv, BatchNorm2d(out_channels, eps=eps, momentum=momentum), *acts)
         self.activation = activation
 
     @property
@@ -149,7 +152,10 @@ class ConvBnAct(torch.nn.Sequential):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.training or why_not_folded(self.norm):
-            y: Tensor = self.norm(self.conv(input))
+            y: Tensor = self.conv(input)
+            if type(self.norm) is BatchNorm2d:
+                return self.norm(y, residual, self.activation)  # type: ignore[no-any-return]
+            y = self.norm(y)
             y = y if residual is None else y + residual
             return y if self.activation == "none" else _fused.ACTIVATIONS[self.activation](y)
         weight, bias = fold(self.conv.weight, self.conv.bias, self.norm)
@@ -276,6 +282,46 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
+
+
+def _batch_norm(module: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    module._check_input_dim(input)
+    momentum = module.momentum
+    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if momentum is None:  # the average over all batches
+            momentum = 1.0 / float(module.num_batches_tracked)
+    mean, variance = module.running_mean, module.running_var
+    training = module.training or (mean is None and variance is None)
+    if module.training and not module.track_running_stats:
+        mean = variance = None
+    options = module.weight, module.bias, training, 0.0 if momentum is None else momentum, module.eps
+    return F.batch_norm(input, mean, variance, *options, residual=residual, activation=activation)
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` on fastconv's kernels: (N, C) or (N, C, L) to the same."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _batch_norm(self, input, None, "none")
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` on fastconv's kernels: (N, C, H, W) to the same.
+
+    ``norm(x, residual, activation)`` is activation(norm(x) + residual) in the same passes over memory, forward and backward: see
+    `fastconv.functional.batch_norm`. Residual networks of `fastconv.models` call it so in training.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
+        return _batch_norm(self, input, residual, activation)
+
+
+class BatchNorm3d(torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` on fastconv's kernels: (N, C, D, H, W) to the same."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _batch_norm(self, input, None, "none")
 
 
 class LayerNorm(torch.nn.LayerNorm):

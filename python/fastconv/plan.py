@@ -41,6 +41,8 @@ OPS = (
     "sdpa_bwd",
     "layer_norm_fwd",
     "layer_norm_bwd",
+    "batch_norm_fwd",
+    "batch_norm_bwd",
 )
 
 
@@ -85,8 +87,8 @@ Question = tuple[
 class Plan:
     """One problem with the kernel chosen for it.
 
-    `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d`, `run_pool2d`, `SdpaArgs` or
-    `NormArgs`, the workspace left out: the compiled module has scratch memory of its own for each thread.
+    `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d`, `run_pool2d`, `SdpaArgs`,
+    `NormArgs` or `BatchNormArgs`, the workspace left out: the compiled module has scratch memory of its own for each thread.
     """
 
     __slots__ = ("dtype", "kernel", "native", "packed", "question", "run", "shapes", "workspace")
@@ -102,6 +104,8 @@ class Plan:
             self.run = lambda *addresses: native.run_sdpa(addresses)
         elif question[0].startswith("layer_norm"):
             self.run = lambda *addresses: native.run_norm(addresses)
+        elif question[0].startswith("batch_norm"):
+            self.run = lambda *addresses: native.run_batch_norm(addresses)
         self.dtype = dtype
         self.shapes = shapes
 
@@ -230,9 +234,26 @@ def norm_problem(dtype: str, shape: tuple[int, int], eps: float) -> _C.NormProbl
     return _C.NormProblem(dtype=dtype, N=shape[0], C=shape[1], eps=eps)
 
 
+def batch_norm_problem(
+    dtype: str,
+    shape: tuple[int, int, int],
+    channels_last: bool,
+    training: bool,
+    residual: bool,
+    activation: str,
+    eps: float,
+) -> _C.BatchNormProblem:
+    """Samples, channels and positions (N, C, P), which lie as (N, P, C) where channels are last and as (N, C, P) otherwise."""
+    N, C, P = shape
+    return _C.BatchNormProblem(
+        dtype=dtype, N=N, C=C, P=P, channels_last=channels_last, training=training, residual=residual,
+        activation=activation, eps=eps,
+    )  # fmt: skip
+
+
 def make(
     op: str,
-    problem: _C.Conv2dProblem | _C.Pool2dProblem | _C.SdpaProblem | _C.NormProblem,
+    problem: _C.Conv2dProblem | _C.Pool2dProblem | _C.SdpaProblem | _C.NormProblem | _C.BatchNormProblem,
     dtype: str,
     shapes: tuple[Shape, ...],
     threads: int,

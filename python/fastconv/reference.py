@@ -20,6 +20,8 @@ from ._reference_attention import dropout_factors as dropout_factors
 from ._reference_attention import sdpa as sdpa
 from ._reference_attention import sdpa_bwd as sdpa_bwd
 from ._reference_norm import Normalised as Normalised
+from ._reference_norm import batch_norm as batch_norm
+from ._reference_norm import batch_norm_bwd as batch_norm_bwd
 from ._reference_norm import layer_norm as layer_norm
 from ._reference_norm import layer_norm_bwd as layer_norm_bwd
 

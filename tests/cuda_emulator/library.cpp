@@ -34,6 +34,7 @@ const Machine kMachine = {};
 // A kernel whose problem's type is forgotten, as a C caller sees it.
 struct Row {
   const char* name;
+  float error_growth;
   const void* kernel;
   const char* (*reject)(const void* kernel, const void* problem);
   double (*cost)(const void* kernel, const void* problem);
@@ -46,6 +47,7 @@ Row row(const char* name, const Kernel<Problem>& kernel) {
   using K = const Kernel<Problem>*;
   using P = const Problem*;
   return {name,
+          kernel.error_growth,
           &kernel,
           [](const void* k, const void* p) { return K(k)->reject(*P(p)); },
           [](const void* k, const void* p) { return K(k)->cost(*P(p), kMachine); },
@@ -69,6 +71,7 @@ extern "C" {
 
 int emulator_count() { return int(std::size(kRows)); }
 const char* emulator_name(int i) { return kRows[i].name; }
+double emulator_growth(int i) { return kRows[i].error_growth; }
 const char* emulator_reject(int i, const void* problem) { return kRows[i].reject(kRows[i].kernel, problem); }
 double emulator_cost(int i, const void* problem) { return kRows[i].cost(kRows[i].kernel, problem); }
 int64_t emulator_workspace(int i, const void* problem) { return kRows[i].workspace(kRows[i].kernel, problem); }

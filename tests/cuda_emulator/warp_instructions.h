@@ -65,15 +65,22 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Site sit
   }
 }
 
+// What a warp gives to one mma.sync.
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
+inline Warp<Fragments> fragments(const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
+  Fragments mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  return exchange(mine, site);
+}
+
 // `value` is what 16 bits stand for.
 template <class Value>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value, Site site) {
-  struct Fragments {
-    uint32_t a[4], b[2];
-  } mine;
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
-  const Warp<Fragments> all = exchange(mine, site);
+  const Warp<Fragments> all = fragments(a, b, site);
   const auto half = [&](uint32_t pair, int k) { return value(uint16_t(k % 2 ? pair >> 16 : pair)); };
   const int lane = int(self().thread.x % kWarp);
   for (int i = 0; i < 4; ++i) {
@@ -82,6 +89,33 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
       const int pair = k % 8 / 2;
       const float x = half(all.lane[row % 8 * 4 + pair].a[row / 8 + k / 8 * 2], k),
                   y = half(all.lane[column * 4 + pair].b[k / 8], k);
+      c[i] = std::fma(x, y, c[i]);
+    }
+  }
+}
+
+// cvt.rna.tf32.f32: to a mantissa of 10 bits, to nearest, ties away from zero. Infinities and NaN stay what they are.
+inline uint32_t round_to_tf32(uint32_t bits) {
+  constexpr uint32_t kDropped = (1u << 13) - 1, kInfinity = 0x7F800000u;
+  if ((bits & kInfinity) == kInfinity) return bits & 0x7FFFFFu ? 0x7FFFE000u : bits;
+  return (bits + (kDropped + 1) / 2) & ~kDropped;
+}
+
+inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
+  const Warp<Fragments> all = fragments(a, b, site);
+  const auto value = [](uint32_t bits) {
+    // The hardware would truncate: twice the error, and always towards zero.
+    if (bits != round_to_tf32(bits)) fail("mma.sync: an operand that is not rounded to tf32");
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  const int lane = int(self().thread.x % kWarp);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 8; ++k) {
+      const float x = value(all.lane[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]),
+                  y = value(all.lane[column * 4 + k % 4].b[k / 4]);
       c[i] = std::fma(x, y, c[i]);
     }
   }

@@ -58,8 +58,8 @@ inline int64_t input_gradient_workspace(const Kernel<Conv2dProblem>& forward, co
   return most;
 }
 
-// The input gradient on the forward kernel `kForward`, whose operands are of type T.
-template <class T, const Kernel<Conv2dProblem>& kForward>
+// The input gradient on the forward kernel `kForward`, whose operands are of type T and whose errors grow by kGrowth.
+template <class T, const Kernel<Conv2dProblem>& kForward, int kGrowth = 1>
 struct InputGradient {
   static const char* reject(const Conv2dProblem& a) { return input_gradient_reject(kForward, a); }
   static double cost(const Conv2dProblem& a, const Machine& machine) { return input_gradient_cost(kForward, a, machine); }
@@ -69,7 +69,7 @@ struct InputGradient {
   static void run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
     input_gradient_run<T>(kForward, a, args, context);
   }
-  static constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, cost, workspace, run};
+  static constexpr Kernel<Conv2dProblem> kKernel = {float(kGrowth), reject, cost, workspace, run};
 };
 
 }  // namespace fastconv::sm80

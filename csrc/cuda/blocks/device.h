@@ -12,6 +12,12 @@
 #include "core/kernel.h"
 
 #define FASTCONV_TARGET sm80
+// An object has its file's kernels of every dtype, or of one where the build compiles the file once for each (cmake/cuda.cmake).
+#ifndef FASTCONV_ONE_DTYPE
+#define FASTCONV_F32
+#define FASTCONV_F16
+#define FASTCONV_BF16
+#endif
 #define FC_INLINE __host__ __device__ __forceinline__
 #define FC_DEVICE __device__ __forceinline__
 

@@ -5,6 +5,9 @@
 //   C (16 x 8), in fp32:       lane l holds rows l/4 and l/4 + 8, columns 2 (l%4) + {0, 1}:                c[2 (row / 8) + column
 //   % 2]
 //
+// Floats are multiplied as tf32, whose mantissa has 10 bits: A is 16 x 8 and B is 8 x 8, and a word that has two halves above has
+// one float, at half the column (of A) or row (of B). So the same ldmatrix brings either.
+//
 // All 32 lanes call these together.
 #pragma once
 
@@ -47,21 +50,46 @@ FC_DEVICE uint32_t pair_of(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// c += A * B for 16 x 8 sums over 16 products.
+// Products of two numbers rounded to tf32 are off by 2^-10 of themselves, where a plain sum in fp32 may be off by 4 eps = 2^-21
+// of them (testing/tolerance.py).
+inline constexpr float kTf32Growth = 2048;
+
+// Makes of a word of a fragment what the matrix instruction multiplies: floats are rounded to tf32, to nearest, ties away from 0.
+// The instruction itself would drop the other 13 bits.
+template <class T>
+FC_DEVICE void round_operand(uint32_t& word) {
+  if constexpr (std::is_same_v<T, float>) {
+#ifdef FASTCONV_EMULATED
+    word = ::emulator::round_to_tf32(word);
+#else
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(__uint_as_float(word)));
+#endif
+  }
+}
+
+// c += A * B for 16 x 8 sums over 16 products of halves, or 8 of floats that are rounded.
 template <class T>
 FC_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef FASTCONV_EMULATED
-  ::emulator::multiply_add(c, a, b, [](uint16_t bits) { return to_float(T{bits}); }, FC_SITE);
-#else
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  if constexpr (std::is_same_v<T, float>) {
+    ::emulator::multiply_add_tf32(c, a, b, FC_SITE);
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    ::emulator::multiply_add(c, a, b, [](uint16_t bits) { return to_float(T{bits}); }, FC_SITE);
   }
+#else
+#define FC_MMA(shape, type)                                                  \
+  asm("mma.sync.aligned." shape ".row.col.f32." type "." type                \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, float>) {
+    FC_MMA("m16n8k8", "tf32");
+  } else if constexpr (std::is_same_v<T, __half>) {
+    FC_MMA("m16n8k16", "f16");
+  } else {
+    FC_MMA("m16n8k16", "bf16");
+  }
+#undef FC_MMA
 #endif
 }
 

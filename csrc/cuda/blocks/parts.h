@@ -17,6 +17,13 @@ inline int64_t parts_bytes(const Conv2dProblem& a, int64_t parts) {
   return parts * a.K * filter_columns(a) * int64_t(sizeof(float));
 }
 
+// Pixels of a part, a multiple of `slice`: 256 and more, and so many parts that `tiles` blocks for each of them make about 512
+// blocks, four for each multiprocessor of an A100.
+inline int64_t part_length(const Conv2dProblem& a, int64_t tiles, int slice) {
+  const int64_t pixels = a.N * a.P * a.Q, wanted = ceil_div(512, tiles), most = ceil_div(pixels, 256);
+  return ceil_div(ceil_div(pixels, wanted < most ? wanted : most), slice) * slice;
+}
+
 inline constexpr int kPartsThreads = 256;
 
 struct PartsDivisors {

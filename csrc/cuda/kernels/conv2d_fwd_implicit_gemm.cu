@@ -1,39 +1,44 @@
-// conv2d_fwd.implicit_gemm: pixels x filters on the tensor cores, in bf16 or f16 with fp32 sums. Takes every problem; made for
-// channels_last, where a tap's channels are neighbours and come by asynchronous copies of 16 bytes.
+// conv2d_fwd.implicit_gemm: pixels x filters on the tensor cores, in bf16 or f16, or in f32 rounded to tf32, with fp32 sums.
+// Takes every problem; made for channels_last, where a tap's channels are neighbours and come by asynchronous copies of 16 bytes.
 //
 // A 1x1 convolution is a plain matrix product, and so is a linear layer.
+#include "cuda/blocks/chunks.h"
 #include "cuda/blocks/conv2d.h"
-#include "cuda/blocks/copy.h"
 #include "cuda/blocks/mma.h"
 
 namespace fastconv::sm80 {
 namespace {
 
 // --- tile: gemm_m = 128 pixels x gemm_n = 64 filters of one group, four warps of 64 x 32: 64 sums a thread, and 16 + 8 registers
-// of fragments for 16 products. One slice is 32 channels of one tap. Four slices of (128 + 64) x 32 halves are 48 KB, which a
-// block gets without asking; three of them are on their way while one is multiplied.
-constexpr int kM = 128, kN = 64, kDepth = 32, kStages = 4, kThreads = 128;
+// of fragments for 16 products. One slice is 64 bytes of a tap's channels: 32 halves, 16 floats. Four slices of 128 + 64 rows are
+// 48 KB, which a block gets without asking; three of them are on their way while one is multiplied.
+constexpr int kM = 128, kN = 64, kStages = 4, kThreads = 128;
 constexpr int kWarpM = 64, kWarpN = 32;
-constexpr int kChunk = 8;                        // halves of 16 bytes
-constexpr int kChunks = kDepth / kChunk;         // of a row
+constexpr int kChunks = 4;                       // of a row, 16 bytes each
 constexpr int kRowsAtOnce = kThreads / kChunks;  // that the block's threads bring with one chunk each
 constexpr int kRowsX = kM / kRowsAtOnce, kRowsW = kN / kRowsAtOnce;
-static_assert(kM / kWarpM * (kN / kWarpN) * kWarp == kThreads && kDepth == 32);
+static_assert(kM / kWarpM * (kN / kWarpN) * kWarp == kThreads);
+
+template <class T>
+constexpr int kDepth = kChunks * kWide<T>;
 
 template <class T>
 struct Stage {
-  T x[kM * kDepth], w[kN * kDepth];
+  T x[kM * kDepth<T>], w[kN * kDepth<T>];
 };
 
 template <class T>
 struct Shared {
   alignas(128) Stage<T> stages[kStages];
 };
-static_assert(sizeof(Shared<__half>) == 48 << 10);
+static_assert(sizeof(Shared<__half>) == 48 << 10 && sizeof(Shared<float>) == 48 << 10);
 
 // Where chunk `chunk` of row `row` lies. A row is 64 bytes, so two rows make a line of all banks; the chunks of every second row
 // are exchanged, so that the same chunk of eight rows, which ldmatrix reads together, lies in eight different banks.
-FC_DEVICE int swizzled(int row, int chunk) { return row * kDepth + (chunk ^ (row / 2 % kChunks)) * kChunk; }
+template <class T>
+FC_DEVICE int swizzled(int row, int chunk) {
+  return row * kDepth<T> + (chunk ^ (row / 2 % kChunks)) * kWide<T>;
+}
 
 struct Divisors {
   Divisor p, q;              // pixels to n, p, q
@@ -41,20 +46,7 @@ struct Divisors {
   Divisor tiles_m, tiles_n;  // blocks to group, filters, pixels
 };
 
-// --- transform: the slice of one step, brought to shared memory by all threads. A chunk is copied asynchronously where kAsync
-// says that it is 16 aligned bytes, else gathered element by element. Padding and everything past the end is zeros.
-template <bool kAsync, class T>
-FC_DEVICE void bring_chunk(T* to, const T* from, int64_t step, int64_t count, bool exists, const T* anywhere) {
-  if constexpr (kAsync) {
-    copy_async(to, exists && count > 0 ? from : anywhere, exists && count > 0);
-  } else {
-    Pack<T, kChunk> chunk;
-    FC_UNROLL
-    for (int i = 0; i < kChunk; ++i) chunk.v[i] = exists && i < count ? from[i * step] : from_float<T>(0);
-    store_pack(to, chunk);
-  }
-}
-
+// --- transform: the slice of one step, brought to shared memory by all threads. Padding and everything past the end is zeros.
 template <class T, bool kAsyncX, bool kAsyncW>
 struct Operands {
   const Conv2dProblem& a;
@@ -87,17 +79,17 @@ struct Operands {
 
   FC_DEVICE void bring(Stage<T>& stage, uint32_t step) const {
     uint32_t r = step;
-    const int64_t c = int64_t(by.slices.take(r)) * kDepth + chunk() * kChunk, s = by.s.take(r);
+    const int64_t c = int64_t(by.slices.take(r)) * kDepth<T> + chunk() * kWide<T>, s = by.s.take(r);
     FC_UNROLL
     for (int i = 0; i < kRowsX; ++i) {
       const int64_t h = top[i] + r * a.dilation_h, column = left[i] + s * a.dilation_w;
       const bool inside = h >= 0 && h < a.H && column >= 0 && column < a.W;
-      bring_chunk<kAsyncX>(stage.x + swizzled(row(i), chunk()), pixels[i] + c * a.x.c + h * a.x.h + column * a.x.w, a.x.c,
+      bring_chunk<kAsyncX>(stage.x + swizzled<T>(row(i), chunk()), pixels[i] + c * a.x.c + h * a.x.h + column * a.x.w, a.x.c,
                            channels - c, inside, x);
     }
     FC_UNROLL
     for (int i = 0; i < kRowsW; ++i) {
-      bring_chunk<kAsyncW>(stage.w + swizzled(row(i), chunk()),
+      bring_chunk<kAsyncW>(stage.w + swizzled<T>(row(i), chunk()),
                            filter + i * kRowsAtOnce * a.w.k + c * a.w.c + r * a.w.r + s * a.w.s, a.w.c, channels - c,
                            i * kRowsAtOnce < filters_left, w);
     }
@@ -111,13 +103,19 @@ template <class T>
 FC_DEVICE void multiply(const Stage<T>& stage, int warp_m, int warp_n, Sums& sums) {
   const int lane = int(threadIdx.x) % kWarp;
   FC_UNROLL
-  for (int k = 0; k < kChunks; k += 2) {  // 16 products are two chunks
+  for (int k = 0; k < kChunks; k += 2) {  // an instruction's products are two chunks
     uint32_t x[kWarpM / 16][4], w[kWarpN / 16][4];
     FC_UNROLL
-    for (int i = 0; i < kWarpM / 16; ++i) load_matrices(x[i], stage.x + swizzled(warp_m + i * 16 + lane % 16, k + lane / 16));
+    for (int i = 0; i < kWarpM / 16; ++i) {
+      load_matrices(x[i], stage.x + swizzled<T>(warp_m + i * 16 + lane % 16, k + lane / 16));
+      FC_UNROLL
+      for (uint32_t& word : x[i]) round_operand<T>(word);
+    }
     FC_UNROLL
     for (int j = 0; j < kWarpN / 16; ++j) {
-      load_matrices(w[j], stage.w + swizzled(warp_n + j * 16 + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
+      load_matrices(w[j], stage.w + swizzled<T>(warp_n + j * 16 + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
+      FC_UNROLL
+      for (uint32_t& word : w[j]) round_operand<T>(word);
     }
     FC_UNROLL
     for (int i = 0; i < kWarpM / 16; ++i) {
@@ -172,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) implicit_gemm(Conv2dProblem a, Divis
 template <class T, bool kAsyncX, bool kAsyncW>
 void start(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
   const EpilogueOperands<T> epilogue = EpilogueOperands<T>::of(a, args);
-  const int64_t slices = ceil_div(a.C / a.groups, kDepth);
+  const int64_t slices = ceil_div(a.C / a.groups, kDepth<T>);
   for_image_ranges(a.N, a.P * a.Q, [&](int64_t n, int64_t images) {
     const uint32_t pixels = uint32_t(images * a.P * a.Q);
     const int64_t tiles_m = ceil_div(pixels, kM), tiles_n = ceil_div(a.K / a.groups, kN);
@@ -184,30 +182,36 @@ void start(const Conv2dProblem& a, const Conv2dArgs& args, const Context& contex
   });
 }
 
-bool whole_chunks(const Conv2dProblem& a) { return a.C / a.groups % kChunk == 0; }
+template <class T>
+bool whole_chunks(const Conv2dProblem& a) {
+  return a.C / a.groups % kWide<T> == 0;
+}
 
 template <class T>
 void run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
-  const bool x_fits = whole_chunks(a) && a.x.c == 1 && packs_fit<T>(args.x, {a.x.n, a.x.h, a.x.w});
-  const bool w_fits = whole_chunks(a) && a.w.c == 1 && packs_fit<T>(args.w, {a.w.g, a.w.k, a.w.r, a.w.s});
+  const bool x_fits = whole_chunks<T>(a) && a.x.c == 1 && packs_fit<T>(args.x, {a.x.n, a.x.h, a.x.w});
+  const bool w_fits = whole_chunks<T>(a) && a.w.c == 1 && packs_fit<T>(args.w, {a.w.g, a.w.k, a.w.r, a.w.s});
   (x_fits && w_fits ? start<T, true, true> : x_fits ? start<T, true, false> : start<T, false, false>)(a, args, context);
 }
 
 // --- contract
 
-// 60 % of an A100's 312 TFLOP/s where tiles are full, a tenth of that where x is gathered: estimates.
+// 60 % of an A100's 312 TFLOP/s, 156 in tf32, where tiles are full, a tenth of that where x is gathered: estimates.
+template <class T>
 double cost(const Conv2dProblem& a, const Machine&) {
   const double filters = double(a.K / a.groups), channels = double(a.C / a.groups);
   const double filled =
-      double(ceil_div(a.K / a.groups, kN) * kN) / filters * double(ceil_div(a.C / a.groups, kDepth) * kDepth) / channels;
-  return conv2d_flops(a) * filled / (whole_chunks(a) && a.x.c == 1 ? 190e12 : 19e12);
+      double(ceil_div(a.K / a.groups, kN) * kN) / filters * double(ceil_div(a.C / a.groups, kDepth<T>) * kDepth<T>) / channels;
+  const double speed = sizeof(T) == 4 ? 95e12 : 190e12;
+  return conv2d_flops(a) * filled / (whole_chunks<T>(a) && a.x.c == 1 ? speed : speed / 10);
 }
 
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, conv2d_reject, cost, no_workspace, run<T>};
+constexpr Kernel<Conv2dProblem> kKernel = {sizeof(T) == 4 ? kTf32Growth : 1.0f, conv2d_reject, cost<T>, no_workspace, run<T>};
 
 }  // namespace
 
+extern constinit const Kernel<Conv2dProblem> conv2d_fwd_implicit_gemm_f32 = kKernel<float>;
 extern constinit const Kernel<Conv2dProblem> conv2d_fwd_implicit_gemm_f16 = kKernel<__half>;
 extern constinit const Kernel<Conv2dProblem> conv2d_fwd_implicit_gemm_bf16 = kKernel<__nv_bfloat16>;
 

@@ -104,12 +104,10 @@ struct Cut {
   Extent extent;
 };
 
-// Parts of 256 pixels and more, so many that there are about 512 blocks, four for each multiprocessor of an A100.
 Cut cut(const Conv2dProblem& a) {
   const int64_t pixels = a.N * a.P * a.Q, filters = a.K / a.groups, columns = filter_columns(a);
   const int64_t tiles_m = ceil_div(filters, SimtTile::kM), tiles_n = ceil_div(columns, SimtTile::kN);
-  const int64_t wanted = ceil_div(512, tiles_m * tiles_n * a.groups), most = ceil_div(pixels, 256);
-  const int64_t part = ceil_div(ceil_div(pixels, wanted < most ? wanted : most), SimtTile::kDepth) * SimtTile::kDepth;
+  const int64_t part = part_length(a, tiles_m * tiles_n * a.groups, SimtTile::kDepth);
   return {tiles_m, tiles_n, ceil_div(pixels, part),
           Extent{uint32_t(pixels), uint32_t(part), uint32_t(filters), uint32_t(columns)}};
 }

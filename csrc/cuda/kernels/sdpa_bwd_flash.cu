@@ -287,8 +287,14 @@ constexpr Kernel<SdpaProblem> kKernel = {1.0f, reject, cost<T>, workspace, run<T
 
 }  // namespace
 
+#ifdef FASTCONV_F32
 extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_f32 = kKernel<float>;
+#endif
+#ifdef FASTCONV_F16
 extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_f16 = kKernel<__half>;
+#endif
+#ifdef FASTCONV_BF16
 extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_bf16 = kKernel<__nv_bfloat16>;
+#endif
 
 }  // namespace fastconv::sm80

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastconv.functional
-from fastconv.bench.shapes import LinearShape, NormShape, SdpaShape, Shape, short
+from fastconv.bench.shapes import BatchNormShape, LinearShape, NormShape, SdpaShape, Shape, short
 from fastconv.ops._dispatch import computed_in
 from fastconv.testing.problems import ConvCase, PoolCase
 
@@ -27,7 +27,7 @@ MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 POOLS = ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d")
 PASSES = dict.fromkeys(("conv2d", "linear"), ("fwd", "dgrad", "wgrad")) | dict.fromkeys(
-    (*POOLS, "sdpa", "layer_norm"), ("fwd", "bwd")
+    (*POOLS, "sdpa", "layer_norm", "batch_norm"), ("fwd", "bwd")
 )
 """Public op to the passes it can be timed in."""
 
@@ -416,4 +416,8 @@ def make(op: str, shape: Shape, direction: str, **common: Any) -> Case:
         from fastconv.bench.norms import LayerNorm
 
         return LayerNorm(op, direction, **common, problem=shape)
+    if isinstance(shape, BatchNormShape):
+        from fastconv.bench.norms import BatchNorm
+
+        return BatchNorm(op, direction, **common, problem=shape)
     return Linear(op, direction, **common, problem=shape)

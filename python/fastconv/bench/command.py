@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 targets:
-  conv2d | linear | sdpa | layer_norm | max_pool2d | avg_pool2d | adaptive_avg_pool2d | adaptive_max_pool2d
+  conv2d | linear | sdpa | layer_norm | batch_norm | max_pool2d | avg_pool2d | adaptive_avg_pool2d | adaptive_max_pool2d
   pool                  both plain kinds
   resnet50 …            every distinct layer of a model, with how often it occurs
   model resnet50 …      the whole converted model (gpt2 and bert_base too, on 128 tokens); with --train a training step
@@ -63,6 +63,7 @@ _DEFAULT_SHAPES = {
         "h32g8q1k4096d128",
     ),
     "layer_norm": ("m1c768", "m16c64", "m197c768", "m512c1024", "m3136c96", "m4096c4096"),
+    "batch_norm": ("n8c64h112+relu", "n8c64h56+residual+relu", "n8c128h28+relu", "n8c512h7+relu", "n8c256h56"),
     "max_pool2d": ("c64h112r3u2p1", "c64h224r2"),
     "avg_pool2d": ("c64h112r3u2p1", "c128h56r2"),
     "adaptive_avg_pool2d": ("c2048h7a1", "c512h14a7"),
@@ -325,8 +326,8 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
 
 
 def _op_cases(target: str, args: argparse.Namespace) -> list[Case]:
+    from fastconv.bench import shapes as known
     from fastconv.bench.cases import PASSES, POOLS, make
-    from fastconv.bench.shapes import Shape, batched, parse_conv, parse_linear, parse_norm, parse_pool, parse_sdpa
     from fastconv.models import names
 
     if target == "pool":
@@ -335,16 +336,20 @@ def _op_cases(target: str, args: argparse.Namespace) -> list[Case]:
         raise UsageError(
             f"no op or model named {target!r}, expected {', '.join(PASSES)}, pool, call or {', '.join(names())}"
         )
-    parsers: dict[str, Callable[[str], Shape]] = {
-        "conv2d": parse_conv, "linear": parse_linear, "sdpa": parse_sdpa, "layer_norm": parse_norm
-    }  # fmt: skip
-    parse = parsers.get(target, parse_pool)
+    parsers: dict[str, Callable[[str], known.Shape]] = {
+        "conv2d": known.parse_conv,
+        "linear": known.parse_linear,
+        "sdpa": known.parse_sdpa,
+        "layer_norm": known.parse_norm,
+        "batch_norm": known.parse_batch_norm,
+    }
+    parse = parsers.get(target, known.parse_pool)
     try:
-        shapes: list[Shape] = [parse(text) for text in args.shape or _DEFAULT_SHAPES[target]]
+        shapes: list[known.Shape] = [parse(text) for text in args.shape or _DEFAULT_SHAPES[target]]
     except ValueError as error:
         raise UsageError(str(error)) from None
     if args.batch:
-        shapes = [batched(shape, n) for n in args.batch for shape in shapes]
+        shapes = [known.batched(shape, n) for n in args.batch for shape in shapes]
     wanted = args.directions or ("fwd",)
     directions = [direction for direction in PASSES[target] if direction in wanted]
     if not directions:

@@ -6,6 +6,7 @@
     adaptive     n1c2048h7w7a1x1              the output's size
     linear       m197i768o3072                rows, input features, output features
     layer_norm   m197c768                     rows, numbers of a row
+    batch_norm   n8c64h56w56+relu             batch, channels, height, width; +residual, +relu
     sdpa         n1h16q2048d64+causal         heads, queries, features; g heads of keys, k keys, v features of values
 
 These are the ids of ``fastconv.testing.problems`` with everything optional that has an obvious value: n, u, d, g are 1,
@@ -49,6 +50,22 @@ class NormShape:
 
 
 @dataclass(frozen=True)
+class BatchNormShape:
+    """n images of c channels, with an addition and a ReLU behind it or without."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    residual: bool = False
+    relu: bool = False
+
+    def __str__(self) -> str:
+        width = f"w{self.w}" if self.w != self.h else ""
+        return f"n{self.n}c{self.c}h{self.h}{width}" + "+residual" * self.residual + "+relu" * self.relu
+
+
+@dataclass(frozen=True)
 class SdpaShape:
     """n batch elements of h heads of q queries and g heads of k keys, with d features and v of a value."""
 
@@ -69,7 +86,7 @@ class SdpaShape:
         return "".join(f"{letter}{number}" for letter, number in fields.items()) + "+causal" * self.causal
 
 
-Shape = ConvCase | PoolCase | LinearShape | NormShape | SdpaShape
+Shape = ConvCase | PoolCase | LinearShape | NormShape | BatchNormShape | SdpaShape
 
 AnyCase = TypeVar("AnyCase", ConvCase, PoolCase)
 
@@ -121,6 +138,16 @@ def parse_norm(text: str) -> NormShape:
     return NormShape(int(fields.get("m", "1")), int(fields["c"]))
 
 
+def parse_batch_norm(text: str) -> BatchNormShape:
+    """``n8c64h56+relu`` to a BatchNormShape."""
+    fields, extras = _split(text, known="nchw", needed="ch")
+    if extras not in ("", "+residual", "+relu", "+residual+relu"):
+        raise ValueError(f"shape {text!r}: only +residual and +relu can be timed, got {extras!r}")
+    f = {"n": "1", "w": fields["h"]} | fields
+    n, c, h, w = (int(f[letter]) for letter in "nchw")
+    return BatchNormShape(n, c, h, w, "+residual" in extras, "+relu" in extras)
+
+
 def parse_sdpa(text: str) -> SdpaShape:
     """``h16q2048d64+causal`` to an SdpaShape."""
     fields, extras = _split(text, known="nhgqkdv", needed="hqd")
@@ -136,7 +163,7 @@ def parse_sdpa(text: str) -> SdpaShape:
 
 def short(shape: Shape) -> str:
     """The shortest string that parses back to the same problem: what has its default value is left out, but for n."""
-    if isinstance(shape, (LinearShape, NormShape, SdpaShape)):
+    if isinstance(shape, (LinearShape, NormShape, BatchNormShape, SdpaShape)):
         return str(shape)
     body, _, extras = str(shape).partition("-nchw")
     fields: dict[str, str] = dict(_FIELD.findall(body))
@@ -152,7 +179,7 @@ def batched(shape: Shape, n: int) -> Shape:
     """The same problem for ``n`` samples; a linear's rows, and a norm's, are those of one sample."""
     if isinstance(shape, (LinearShape, NormShape)):
         return replace(shape, m=n * shape.m)
-    if isinstance(shape, SdpaShape):
+    if isinstance(shape, (BatchNormShape, SdpaShape)):
         return replace(shape, n=n)
     return replace(shape, N=n)
 

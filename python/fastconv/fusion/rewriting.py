@@ -170,6 +170,8 @@ class _Rewriting:
         module = None if user is None else self._module(user)
         if user is None or not isinstance(module, torch.nn.BatchNorm2d) or special(module) or why_not_folded(module):
             return
+        if user.args != (chain.last,) or user.kwargs:
+            return  # ours may add something, or be given this as what it adds
         chain.norm = module
         chain.nodes.append(user)
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastconv.models.blocks import activated
 from fastconv.models.layers import Layers
 
 GROWTH = 32
@@ -21,16 +22,16 @@ class DenseLayer(nn.Module):
 
     def __init__(self, layers: Layers, in_width: int) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_width)
+        self.norm1 = layers.BatchNorm2d(in_width)
         self.relu1 = nn.ReLU(inplace=True)
         self.conv1 = layers.Conv2d(in_width, BOTTLENECK * GROWTH, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(BOTTLENECK * GROWTH)
+        self.norm2 = layers.BatchNorm2d(BOTTLENECK * GROWTH)
         self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = layers.Conv2d(BOTTLENECK * GROWTH, GROWTH, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(self.relu1(self.norm1(x)))
-        y = self.conv2(self.relu2(self.norm2(y)))
+        y = self.conv1(activated(self.norm1, self.relu1, x))
+        y = self.conv2(activated(self.norm2, self.relu2, y))
         return torch.cat((x, y), 1)
 
 
@@ -43,7 +44,7 @@ def _transition(layers: Layers, width: int) -> nn.Sequential:
     """Half the channels, half the height and width."""
     return nn.Sequential(
         OrderedDict(
-            norm=nn.BatchNorm2d(width),
+            norm=layers.BatchNorm2d(width),
             relu=nn.ReLU(inplace=True),
             conv=layers.Conv2d(width, width // 2, 1, bias=False),
             pool=layers.AvgPool2d(kernel_size=2, stride=2),
@@ -72,7 +73,7 @@ class DenseNet(nn.Module):
         super().__init__()
         parts: OrderedDict[str, nn.Module] = OrderedDict(
             conv0=layers.Conv2d(in_channels, STEM, kernel_size=7, stride=2, padding=3, bias=False),
-            norm0=nn.BatchNorm2d(STEM),
+            norm0=layers.BatchNorm2d(STEM),
             relu0=nn.ReLU(inplace=True),
             pool0=layers.MaxPool2d(kernel_size=3, stride=2, padding=1),
         )
@@ -83,7 +84,7 @@ class DenseNet(nn.Module):
             if index < len(depths):
                 parts[f"transition{index}"] = _transition(layers, width)
                 width //= 2
-        parts["norm5"] = nn.BatchNorm2d(width)
+        parts["norm5"] = layers.BatchNorm2d(width)
         self.features = nn.Sequential(parts)
         self.relu = nn.ReLU(inplace=True)
         self.avgpool = layers.AdaptiveAvgPool2d((1, 1))

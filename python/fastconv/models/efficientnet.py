@@ -9,7 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastconv.models.blocks import Norm, SqueezeExcitation, StochasticDepth, conv_norm_act, round_channels, silu
+from fastconv.models.blocks import (
+    PLAIN,
+    Options,
+    SqueezeExcitation,
+    StochasticDepth,
+    conv_norm_act,
+    round_channels,
+    silu,
+)
 from fastconv.models.layers import Layers
 
 # Expansion, kernel, stride of the first block, output width, number of blocks: table 1 of the paper, from a stem of 32.
@@ -19,7 +27,7 @@ STAGES = (
 )  # fmt: skip
 
 # TensorFlow's epsilon, and its decay of 0.99 as torch counts it; torchvision's B5 to B7 come from there.
-tensorflow_norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
+TENSORFLOW_NORM: Options = {"eps": 0.001, "momentum": 0.01}
 
 
 class MBConv(nn.Module):
@@ -34,7 +42,7 @@ class MBConv(nn.Module):
         expansion: int,
         depthwise: tuple[int, int],
         drop: float,
-        norm: Norm,
+        norm: Options,
         padding: str | None,
     ) -> None:
         super().__init__()
@@ -64,7 +72,7 @@ class EfficientNet(nn.Module):
         layers: namespace the layers come from, see :class:`fastconv.models.layers.Layers`.
         width, depth: multipliers of every width (rounded to 8) and of every stage's number of blocks (rounded up).
         dropout: probability before the dense layer in training.
-        norm: makes the BatchNorm of a width.
+        norm: options of every BatchNorm.
         drop_path: stochastic depth grows over the blocks from 0 to this probability.
         tensorflow: for weights trained in TensorFlow: its "SAME" padding, which needs ``fastconv.nn`` for the layers, and its
             BatchNorm's epsilon of 0.001.
@@ -77,14 +85,14 @@ class EfficientNet(nn.Module):
         width: float,
         depth: float,
         dropout: float,
-        norm: Norm = nn.BatchNorm2d,
+        norm: Options = PLAIN,
         num_classes: int = 1000,
         in_channels: int = 3,
         drop_path: float = 0.2,
         tensorflow: bool = False,
     ) -> None:
         super().__init__()
-        norm, padding = (tensorflow_norm, "SAME") if tensorflow else (norm, None)
+        norm, padding = (TENSORFLOW_NORM, "SAME") if tensorflow else (norm, None)
         channels = round_channels(32 * width)
         stem = conv_norm_act(layers, in_channels, channels, stride=2, norm=norm, act=silu, padding=padding)
         parts, block = [stem], 0
@@ -146,7 +154,7 @@ SCALES = {
 
 def _variant(name: str) -> Callable[..., nn.Module]:
     width, depth, dropout, _ = SCALES[name]
-    norm = tensorflow_norm if name[-1] in "567" else nn.BatchNorm2d
+    norm = TENSORFLOW_NORM if name[-1] in "567" else PLAIN
     return partial(EfficientNet, width=width, depth=depth, dropout=dropout, norm=norm)
 
 

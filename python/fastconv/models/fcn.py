@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastconv.models.blocks import activated
 from fastconv.models.layers import Layers
 from fastconv.models.resnet import Bottleneck, initialise
 
@@ -30,7 +31,7 @@ class Backbone(nn.Module):
     def __init__(self, layers: Layers, *, in_channels: int, dilated: bool, residual_gain: float) -> None:
         super().__init__()
         self.conv1 = layers.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = layers.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = layers.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
@@ -49,7 +50,7 @@ class Backbone(nn.Module):
         initialise(self, residual_gain)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        x = self.layer1(self.maxpool(activated(self.bn1, self.relu, self.conv1(x))))
         eighth = self.layer2(x)
         sixteenth = self.layer3(eighth)
         return eighth, sixteenth, self.layer4(sixteenth)
@@ -59,7 +60,7 @@ def _head(layers: Layers, in_width: int, num_classes: int) -> nn.Sequential:
     """torchvision's FCNHead: a 3×3 convolution to a quarter of the channels, and one to the classes."""
     return nn.Sequential(
         layers.Conv2d(in_width, in_width // 4, 3, padding=1, bias=False),
-        nn.BatchNorm2d(in_width // 4),
+        layers.BatchNorm2d(in_width // 4),
         nn.ReLU(),
         nn.Dropout(0.1),
         layers.Conv2d(in_width // 4, num_classes, 1),

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastconv.models.blocks import activated
 from fastconv.models.layers import Layers
 
 # Means and standard deviations of the channels that torchvision's transforms take out of a photograph.
@@ -19,12 +20,11 @@ class ConvNorm(nn.Module):
     def __init__(self, layers: Layers, in_width: int, width: int, **options: Any) -> None:
         super().__init__()
         self.conv = layers.Conv2d(in_width, width, bias=False, **options)
-        self.bn = nn.BatchNorm2d(width, eps=0.001)
+        self.bn = layers.BatchNorm2d(width, eps=0.001)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.relu(self.bn(self.conv(x)))
-        return y
+        return activated(self.bn, self.relu, self.conv(x))
 
 
 def from_imagenet_scale(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ class Layers(Protocol):
     """A namespace with torch.nn's names for the layers that fastconv has kernels for.
 
     ``fastconv.nn`` and ``torch.nn`` both fit, and so does any object whose layers keep torch's constructors and
-    ``state_dict``. Everything else in a model (batch norms, activations, dropout, embeddings) comes from ``torch.nn``.
+    ``state_dict``. Everything else in a model (activations, dropout, embeddings) comes from ``torch.nn``.
     """
 
     @property
@@ -27,6 +27,8 @@ class Layers(Protocol):
     def AvgPool2d(self) -> Callable[..., nn.AvgPool2d]: ...
     @property
     def AdaptiveAvgPool2d(self) -> Callable[..., nn.AdaptiveAvgPool2d]: ...
+    @property
+    def BatchNorm2d(self) -> Callable[..., nn.BatchNorm2d]: ...
     @property
     def LayerNorm(self) -> Callable[..., nn.LayerNorm]: ...
     @property

@@ -25,7 +25,7 @@ class InvertedResidual(nn.Module):
             *expand,
             conv_norm_act(layers, hidden, hidden, stride=stride, groups=hidden, act=relu6),
             layers.Conv2d(hidden, width, 1, bias=False),
-            nn.BatchNorm2d(width),
+            layers.BatchNorm2d(width),
         )
         self.residual = stride == 1 and in_width == width
 

@@ -56,7 +56,7 @@ SMALL = (
 )
 
 # TensorFlow's epsilon, and its decay of 0.99 as torch counts it.
-_norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
+_NORM = {"eps": 0.001, "momentum": 0.01}
 
 
 class InvertedResidual(nn.Module):
@@ -67,12 +67,12 @@ class InvertedResidual(nn.Module):
         width, act = row.expanded, row.act
         parts: list[nn.Module] = []
         if width != in_width:
-            parts.append(conv_norm_act(layers, in_width, width, 1, norm=_norm, act=act))
+            parts.append(conv_norm_act(layers, in_width, width, 1, norm=_NORM, act=act))
         depthwise = {"stride": row.stride, "groups": width}
-        parts.append(conv_norm_act(layers, width, width, row.kernel, **depthwise, norm=_norm, act=act))
+        parts.append(conv_norm_act(layers, width, width, row.kernel, **depthwise, norm=_NORM, act=act))
         if row.gated:
             parts.append(SqueezeExcitation(layers, width, round_channels(width // 4), gate=nn.Hardsigmoid))
-        parts.append(conv_norm_act(layers, width, row.out, 1, norm=_norm))
+        parts.append(conv_norm_act(layers, width, row.out, 1, norm=_NORM))
         self.block = nn.Sequential(*parts)
         self.residual = row.stride == 1 and in_width == row.out
 
@@ -105,11 +105,11 @@ class MobileNetV3(nn.Module):
     ) -> None:
         super().__init__()
         width = 16
-        parts: list[nn.Module] = [conv_norm_act(layers, in_channels, width, stride=2, norm=_norm, act=hardswish)]
+        parts: list[nn.Module] = [conv_norm_act(layers, in_channels, width, stride=2, norm=_NORM, act=hardswish)]
         for row in rows:
             parts.append(InvertedResidual(layers, width, row))
             width = row.out
-        parts.append(conv_norm_act(layers, width, 6 * width, 1, norm=_norm, act=hardswish))
+        parts.append(conv_norm_act(layers, width, 6 * width, 1, norm=_NORM, act=hardswish))
         self.features = nn.Sequential(*parts)
         self.avgpool = layers.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastconv.models.blocks import activated
 from fastconv.models.layers import Layers
 
 
@@ -21,7 +22,7 @@ def _shortcut(layers: Layers, in_width: int, out_width: int, stride: int) -> nn.
     if stride == 1 and in_width == out_width:
         return None
     return nn.Sequential(
-        layers.Conv2d(in_width, out_width, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(out_width)
+        layers.Conv2d(in_width, out_width, kernel_size=1, stride=stride, bias=False), layers.BatchNorm2d(out_width)
     )
 
 
@@ -33,10 +34,10 @@ class BasicBlock(nn.Module):
     def __init__(self, layers: Layers, in_width: int, width: int, *, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = layers.Conv2d(in_width, width, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = layers.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = layers.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = layers.BatchNorm2d(width)
         self.downsample = _shortcut(layers, in_width, width * self.expansion, stride)
 
     @property
@@ -44,11 +45,8 @@ class BasicBlock(nn.Module):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y += x if self.downsample is None else self.downsample(x)
-        out: Tensor = self.relu(y)
-        return out
+        y = self.conv2(activated(self.bn1, self.relu, self.conv1(x)))
+        return activated(self.bn2, self.relu, y, x if self.downsample is None else self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -76,11 +74,11 @@ class Bottleneck(nn.Module):
         inner = width * group_width // 64 * groups
         spread = {"padding": dilation, "dilation": dilation, "groups": groups}
         self.conv1 = layers.Conv2d(in_width, inner, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.bn1 = layers.BatchNorm2d(inner)
         self.conv2 = layers.Conv2d(inner, inner, kernel_size=3, stride=stride, **spread, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.bn2 = layers.BatchNorm2d(inner)
         self.conv3 = layers.Conv2d(inner, out_width, kernel_size=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_width)
+        self.bn3 = layers.BatchNorm2d(out_width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(layers, in_width, out_width, stride)
 
@@ -89,12 +87,9 @@ class Bottleneck(nn.Module):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        y += x if self.downsample is None else self.downsample(x)
-        out: Tensor = self.relu(y)
-        return out
+        y = activated(self.bn1, self.relu, self.conv1(x))
+        y = self.conv3(activated(self.bn2, self.relu, self.conv2(y)))
+        return activated(self.bn3, self.relu, y, x if self.downsample is None else self.downsample(x))
 
 
 def initialise(model: nn.Module, residual_gain: float) -> None:
@@ -134,7 +129,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = layers.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = layers.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = layers.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
@@ -154,7 +149,7 @@ class ResNet(nn.Module):
         initialise(self, residual_gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(activated(self.bn1, self.relu, self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastconv.models.blocks import activated
 from fastconv.models.layers import Layers
 
 # Widths of the blocks' separable convolutions, and their strides (figure 5 of the paper); block 1 has no leading ReLU.
@@ -47,12 +48,12 @@ class Block(nn.Module):
         self.skipbn: nn.Module | None = None
         if stride != 1 or widths[-1] != in_width:
             self.skip = layers.Conv2d(in_width, widths[-1], 1, stride=stride, bias=False)
-            self.skipbn = nn.BatchNorm2d(widths[-1])
+            self.skipbn = layers.BatchNorm2d(widths[-1])
         parts: list[nn.Module] = []
         width = in_width
         for out in widths:
             # Not in place: the first one's input is also the shortcut's.
-            parts += [nn.ReLU(inplace=bool(parts)), SeparableConv2d(layers, width, out), nn.BatchNorm2d(out)]
+            parts += [nn.ReLU(inplace=bool(parts)), SeparableConv2d(layers, width, out), layers.BatchNorm2d(out)]
             width = out
         if stride != 1:
             parts.append(layers.MaxPool2d(3, stride, padding=1))
@@ -84,18 +85,18 @@ class Xception(nn.Module):
         super().__init__()
         self.relu = nn.ReLU(inplace=True)
         self.conv1 = layers.Conv2d(in_channels, 32, 3, stride=2, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
+        self.bn1 = layers.BatchNorm2d(32)
         self.conv2 = layers.Conv2d(32, 64, 3, bias=False)
-        self.bn2 = nn.BatchNorm2d(64)
+        self.bn2 = layers.BatchNorm2d(64)
         width, blocks = 64, []
         for index, (widths, stride) in enumerate(BLOCKS, start=1):
             blocks.append(Block(layers, width, widths, stride, relu_first=index > 1))
             self.add_module(f"block{index}", blocks[-1])
             width = widths[-1]
         self.conv3 = SeparableConv2d(layers, width, 1536)
-        self.bn3 = nn.BatchNorm2d(1536)
+        self.bn3 = layers.BatchNorm2d(1536)
         self.conv4 = SeparableConv2d(layers, 1536, 2048)
-        self.bn4 = nn.BatchNorm2d(2048)
+        self.bn4 = layers.BatchNorm2d(2048)
         self.avgpool = layers.AdaptiveAvgPool2d((1, 1))
         self.fc = layers.Linear(2048, num_classes)
         self._initialise(residual_gain)
@@ -110,12 +111,12 @@ class Xception(nn.Module):
                 nn.init.constant_(last.weight, residual_gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
+        x = activated(self.bn1, self.relu, self.conv1(x))
+        x = activated(self.bn2, self.relu, self.conv2(x))
         for index in range(1, len(BLOCKS) + 1):
             x = self.get_submodule(f"block{index}")(x)
-        x = self.relu(self.bn3(self.conv3(x)))
-        x = self.relu(self.bn4(self.conv4(x)))
+        x = activated(self.bn3, self.relu, self.conv3(x))
+        x = activated(self.bn4, self.relu, self.conv4(x))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
 

@@ -188,7 +188,7 @@ class Emulator:
         self.seed = seed
         for name, result in (
             ("name", ctypes.c_char_p), ("reject", ctypes.c_char_p), ("run", ctypes.c_char_p), ("cost", ctypes.c_double),
-            ("workspace", _i64), ("size", _i64),
+            ("growth", ctypes.c_double), ("workspace", _i64), ("size", _i64),
         ):  # fmt: skip
             getattr(self.library, f"emulator_{name}").restype = result
         self.library.emulator_run.argtypes = (ctypes.c_int, *(ctypes.c_void_p,) * 3, ctypes.c_uint64)
@@ -204,22 +204,25 @@ class Emulator:
         fields = ("op", "algorithm", "dtype", "target")
         return [
             SimpleNamespace(
-                name=name, **dict(zip(fields, name.split("."), strict=True)), runnable=True, why_not="", error_growth=1.0
+                name=name, **dict(zip(fields, name.split("."), strict=True)), runnable=True, why_not="",
+                error_growth=self.library.emulator_growth(row),
             )
-            for name in self.names
+            for row, name in enumerate(self.names)
         ]  # fmt: skip
 
-    def explain(self, op: str, problem: Any) -> list[tuple[str, str, float]]:
+    def explain(self, op: str, problem: Any, strict: bool = False) -> list[tuple[str, str, float]]:
         found = []
         for row, name in enumerate(self.names):
             if name.startswith(f"{op}.") and name.split(".")[2] == _DTYPES[problem.dtype]:
                 reason = self.library.emulator_reject(row, ctypes.byref(problem))
+                if strict and self.library.emulator_growth(row) > 1:
+                    reason = b"asked for strict accuracy"
                 cost = float("inf") if reason else self.library.emulator_cost(row, ctypes.byref(problem))
                 found.append((name, (reason or b"").decode(), cost))
         return found
 
     def plan(self, op: str, problem: Any, threads: int, force: str, strict: bool = False, device: int = 0) -> _Plan:
-        found = [row for row in self.explain(op, problem) if force in (row[0], "")]
+        found = [row for row in self.explain(op, problem, strict) if force in (row[0], "")]
         name, verdict, _ = min(found, key=lambda row: row[2])
         if verdict:
             raise NotImplementedError(f"{name}: {verdict}")

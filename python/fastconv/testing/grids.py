@@ -8,6 +8,7 @@ from functools import cache
 from itertools import cycle
 
 from fastconv.testing.attention import sdpa_grid
+from fastconv.testing.batch_norm import batch_norm_grid
 from fastconv.testing.norm import norm_grid
 from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
 
@@ -296,6 +297,7 @@ def grid(op: str) -> tuple[Case, ...]:
         "conv2d": conv_grid,
         "sdpa": sdpa_grid,
         "layer_norm": norm_grid,
+        "batch_norm": batch_norm_grid,
     }
     cases = next((make for name, make in grids.items() if op.startswith(name)), pool_grid)()
     return tuple(case for case in cases if op in case.ops)

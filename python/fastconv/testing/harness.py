@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from fastconv import _native, reference
 from fastconv.testing import fill, grids, tolerance
 from fastconv.testing.attention import SdpaCase, native_sdpa, sdpa_inputs
 from fastconv.testing.attention_truth import sdpa_truth
+from fastconv.testing.batch_norm import OPERANDS as BATCH_NORM_OPERANDS
+from fastconv.testing.batch_norm import BatchNormCase, batch_norm_inputs, batch_norm_truth, native_batch_norm
 from fastconv.testing.buffers import CANARY, Block, Operand, Place, strides_of
 from fastconv.testing.norm import OPERANDS as NORM_OPERANDS
 from fastconv.testing.norm import NormCase, native_norm, norm_inputs, norm_truth
@@ -57,6 +59,23 @@ def native() -> Any:
     return _stand_in or _native.load()
 
 
+class _Norm(NamedTuple):
+    """What the harness asks of a normalisation's cases."""
+
+    problem: Callable[..., Any]
+    inputs: Callable[..., Arrays]
+    truth: Callable[..., Any]
+    operands: tuple[str, ...]
+    run: str
+
+
+NORM_CASES = (NormCase, BatchNormCase)
+_NORMS: dict[type, _Norm] = {
+    NormCase: _Norm(native_norm, norm_inputs, norm_truth, NORM_OPERANDS, "run_norm"),
+    BatchNormCase: _Norm(native_batch_norm, batch_norm_inputs, batch_norm_truth, BATCH_NORM_OPERANDS, "run_batch_norm"),
+}
+
+
 @contextmanager
 def using(module: Any) -> Iterator[None]:
     """Checks the kernels of `module`, which answers as the compiled one does, while the block runs."""
@@ -80,8 +99,8 @@ def native_problem(case: Case, dtype: str) -> Any:
     """The case as the compiled module's problem, with the strides of its layout."""
     if isinstance(case, SdpaCase):
         return native_sdpa(native(), case, dtype)
-    if isinstance(case, NormCase):
-        return native_norm(native(), case, dtype)
+    if isinstance(case, NORM_CASES):
+        return _NORMS[type(case)].problem(native(), case, dtype)
     formats = LAYOUTS[case.layout]
     x = _strides(case.x_shape, formats[0])
     y = _strides(case.y_shape, formats[2])
@@ -121,8 +140,8 @@ def make_inputs(op: str, case: Case, values: fill.Fill = fill.normal) -> Arrays:
     """Logical arrays of what the op reads, the same for every dtype. Elements that a layout repeats are repeated."""
     if isinstance(case, SdpaCase):
         return sdpa_inputs(op, case, values)
-    if isinstance(case, NormCase):
-        return norm_inputs(op, case, values)
+    if isinstance(case, NORM_CASES):
+        return _NORMS[type(case)].inputs(op, case, values)
     formats = LAYOUTS[case.layout]
     shapes = {"x": (case.x_shape, formats[0]), "y": (case.y_shape, formats[2])}
     if isinstance(case, ConvCase):
@@ -161,7 +180,7 @@ def max_pool_truth(case: PoolCase, x: Array) -> tuple[Array, NDArray[np.int64]]:
 class Truth:
     """What an op must give: the expected outputs, and for each the error allowed to a dtype with a plain sum's
     rounding. ``norm`` is the L2 norm that relative errors refer to, where it is not the output's own. ``rounding`` is what
-    tensor cores add, to which intermediate results go as halves.
+    tensor cores add, to which intermediate results go as halves and floats as tf32.
     """
 
     outputs: Arrays
@@ -183,7 +202,7 @@ def _conv_truth(op: str, case: ConvCase, inputs: Arrays) -> Truth:
 
         # An activation passes on the error of its argument, which for a saturated sigmoid is far larger than its result.
         norm = tolerance.SLOPE[case.activation] * float(np.linalg.norm(z))
-        return Truth({"y": y}, allowed, max(norm, float(np.linalg.norm(y))))
+        return Truth({"y": y}, allowed, max(norm, float(np.linalg.norm(y))), lambda *_: tolerance.TF32 * magnitude)
 
     def gradients(y: Array, x_or_w: Array) -> dict[str, Array]:
         if op == "conv2d_dgrad":
@@ -193,7 +212,11 @@ def _conv_truth(op: str, case: ConvCase, inputs: Arrays) -> Truth:
 
     other = inputs["w" if op == "conv2d_dgrad" else "x"]
     sizes = gradients(np.abs(inputs["y"]), np.abs(other))
-    return Truth({**gradients(inputs["y"], other)}, lambda name, dtype: tolerance.bound(sizes[name], dtype))
+    return Truth(
+        gradients(inputs["y"], other),
+        lambda name, dtype: tolerance.bound(sizes[name], dtype),
+        rounding=lambda name, _: tolerance.TF32 * sizes[name],
+    )
 
 
 def _pool_truth(op: str, case: PoolCase, inputs: Arrays) -> Truth:
@@ -231,9 +254,9 @@ def _problem_data(op: str, case: Case, values: fill.Fill, dtype: str) -> tuple[A
         inputs = sdpa_inputs(op, case, values, dtype)
         outputs, allowed, rounding = sdpa_truth(op, case, inputs)
         return inputs, Truth(outputs, allowed, rounding=rounding)
-    if isinstance(case, NormCase):
-        inputs = norm_inputs(op, case, values, dtype)
-        return inputs, Truth(*norm_truth(op, case, inputs, dtype))
+    if isinstance(case, NORM_CASES):
+        inputs = _NORMS[type(case)].inputs(op, case, values, dtype)
+        return inputs, Truth(*_NORMS[type(case)].truth(op, case, inputs, dtype))
     inputs = {n: v if n == "indices" else tolerance.stored(v, dtype) for n, v in make_inputs(op, case, values).items()}
     with np.errstate(invalid="ignore"):
         truth = _conv_truth(op, case, inputs) if isinstance(case, ConvCase) else _pool_truth(op, case, inputs)
@@ -304,8 +327,9 @@ def run(
             "dbias",
         )
         plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
-    elif isinstance(case, NormCase):
-        plan.run_norm([address.get(name, 0) for name in NORM_OPERANDS], scratch_address)
+    elif isinstance(case, NORM_CASES):
+        norm = _NORMS[type(case)]
+        getattr(plan, norm.run)([address.get(name, 0) for name in norm.operands], scratch_address)
     else:
         plan.run_pool2d(*(address.get(name, 0) for name in ("x", "y", "indices")), scratch_address)
     for name, memory in memories.items():
@@ -335,12 +359,13 @@ def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> 
             data |= {n: tolerance.encode_bf16(v) for n, v in inputs.items() if n in case.stored}
         with np.errstate(over="ignore"):  # large neighbours, in f16
             return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, data.get(n)) for n in kinds}
-    if isinstance(case, NormCase):
+    if isinstance(case, NORM_CASES):
         kinds = {n: kind if n in case.stored else wide for n in case.operands(op)}
         data = dict(inputs)
         if dtype == "bf16":
             data |= {n: tolerance.encode_bf16(v) for n, v in inputs.items() if n in case.stored}
-        return {n: Operand.make(case.shape(n), kinds[n], "nchw", place, data.get(n)) for n in kinds}
+        formats = {n: getattr(case, "layout", "nchw") if len(case.shape(n)) == 4 else "nchw" for n in kinds}
+        return {n: Operand.make(case.shape(n), kinds[n], formats[n], place, data.get(n)) for n in kinds}
     x_format, w_format, y_format = LAYOUTS[case.layout]
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any], str]] = {
         "x": (case.x_shape, kind, x_format),
@@ -387,11 +412,13 @@ def check(
     if result.kernel != name:
         raise KernelFault(f"asked for {name}, got {result.kernel}")
     growth = error_growth(name)
+    # What tensor cores multiply is rounded: floats to tf32, attention's weights to halves.
+    rounded = name.endswith(".sm80") and (growth > 1 or (isinstance(case, SdpaCase) and dtype in tolerance.HALVES))
     for output, got in result.outputs.items():
         expected = truth.outputs[output]
         if exact and dtype in tolerance.HALVES and isinstance(case, ConvCase):
             expected = tolerance.stored(expected, dtype)  # of an exact sum one rounding is left
-        if growth > 1 and not exact and isinstance(case, ConvCase):
+        if growth > 1 and not exact and not rounded and isinstance(case, ConvCase):
             error = tolerance.relative_l2(got, expected, truth.norm)
             allowed = tolerance.l2_bound(growth, case.terms(op), got.dtype)
             fault = f"relative L2 error {error:.3g}, {allowed:.3g} is allowed" if not error <= allowed else ""
@@ -399,8 +426,8 @@ def check(
             # float16 is not computed in, and neither is what arrives as the float32 that bf16 was computed in.
             computed = np.dtype(np.float32) if dtype in tolerance.HALVES else got.dtype
             limit: Any = 0.0 if exact else truth.allowed(output, computed)
-            halved = output in case.stored if isinstance(case, (SdpaCase, NormCase)) else output != "indices"
-            if dtype in tolerance.HALVES and name.endswith(".sm80") and truth.rounding and not exact:
+            halved = output in case.stored if isinstance(case, (SdpaCase, *NORM_CASES)) else output != "indices"
+            if rounded and truth.rounding and not exact:
                 limit = limit + truth.rounding(output, dtype)
             if dtype in tolerance.HALVES and halved and not exact:
                 limit = tolerance.storing(expected, limit, dtype)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from fastconv import reference
 from fastconv.testing.attention import SdpaCase, parse_sdpa
+from fastconv.testing.batch_norm import BatchNormCase, parse_batch_norm
 from fastconv.testing.norm import NormCase, parse_norm
 
 Pair = tuple[int, int]
@@ -198,7 +199,7 @@ class PoolCase:
         return "+".join([f"{sizes}{window}-{self.layout}", *extras])
 
 
-Case = ConvCase | PoolCase | SdpaCase | NormCase
+Case = ConvCase | PoolCase | SdpaCase | NormCase | BatchNormCase
 
 _LIST = r"-?\d+(?:x-?\d+)*"
 _CONV = re.compile(
@@ -276,6 +277,8 @@ def parse(text: str) -> Case:
         return PoolCase(n, c, h, w, adaptive=(p, q), layout=_layout(m[7]))
     if sdpa := parse_sdpa(text):
         return sdpa
+    if batch_norm := parse_batch_norm(text):
+        return batch_norm
     if norm := parse_norm(text):
         return norm
     raise ValueError(

@@ -59,6 +59,10 @@ def decode_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 HALVES = {"bf16": (2.0**-7, 2.0**-133), "f16": (2.0**-10, 2.0**-24)}
 
 
+# What rounding both factors to tf32's 10 bits of mantissa, half a unit in the last place each, makes of a product.
+TF32 = (1 + 2.0**-11) ** 2 - 1
+
+
 def storing(expected: Array, allowed: Array | float, name: str) -> Array:
     """`allowed` with the rounding of a result, computed in f32, to bf16 or f16: half a unit in its last place."""
     eps, least = HALVES[name]
