@@ -12,7 +12,7 @@ from fastconv.bench import main, texts
 from fastconv.bench.cases import make
 from fastconv.bench.networks import Network
 from fastconv.bench.runner import Settings, run
-from fastconv.bench.shapes import NormShape, batched, parse_norm, parse_sdpa, short
+from fastconv.bench.shapes import NormShape, batched, parse_linear, parse_norm, parse_sdpa, short
 from fastconv.testing.timing import Protocol
 
 SETTINGS = Settings(
@@ -52,12 +52,23 @@ def test_attention_in_halves(dtype: str, direction: str) -> None:
     assert ours["error"]["rel_l2"] < ours["error"]["bound"] < torch.finfo(HALVES[dtype]).eps * 1.01
 
 
-def test_halves_are_for_attention(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sdpa", "--dtype", "bf16", "--list"]) == 0
-    assert capsys.readouterr().out.startswith("sdpa bf16: sdpa fwd n1h16q2048d64\n")
-    for words in (["conv2d"], ["sdpa", "linear"], ["model", "resnet18"]):
+@pytest.mark.parametrize("direction", ["fwd", "dgrad", "wgrad"])
+def test_linear_in_halves(direction: str) -> None:
+    result = run(make("linear", parse_linear("m7i40o33"), direction, dtype="bf16"), SETTINGS)
+    assert {c["status"] for c in result["contestants"]} <= {"ok", "noisy"}
+    ours = result["contestants"][-1]
+    assert ours["kernel"].startswith(f"conv2d_{direction}.pointwise.bf16.")
+    assert ours["error"]["rel_l2"] < ours["error"]["bound"] < torch.finfo(torch.bfloat16).eps / 2 * 1.01
+
+
+def test_halves_are_for_attention_and_linear(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sdpa", "linear", "--dtype", "bf16", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert listed.startswith("sdpa bf16: sdpa fwd n1h16q2048d64\n")
+    assert "\nlinear bf16: linear fwd m1i4096o4096\n" in listed
+    for words in (["conv2d"], ["sdpa", "conv2d"], ["model", "resnet18"]):
         assert main([*words, "--dtype", "f16"]) == 2
-        assert "--dtype f16 is for sdpa and --device cuda alone" in capsys.readouterr().err
+        assert "--dtype f16 is for sdpa, linear and --device cuda alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fused", [False, True])

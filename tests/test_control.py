@@ -148,6 +148,14 @@ def test_explain_pools(images: tuple[torch.Tensor, torch.Tensor], op: str) -> No
     assert explanation.chosen == {r.op: r.kernel for r in records}[op]
 
 
+@pytest.mark.parametrize("op", ["conv2d_fwd", "conv2d_dgrad", "conv2d_wgrad"])
+def test_explain_linear(op: str) -> None:
+    explanation = fastconv.explain(op, torch.ones(3, 8).bfloat16(), torch.ones(4, 8).bfloat16())
+    assert "bf16" in explanation.problem
+    assert explanation.chosen is not None
+    assert explanation.chosen.startswith(f"{op}.pointwise.bf16.")
+
+
 def test_explain_runs_nothing_and_leaves_no_gradient(images: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, w = (t.clone().requires_grad_() for t in images)
     with fastconv.observe() as records:

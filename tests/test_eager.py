@@ -112,6 +112,22 @@ def test_answers(op: str, form: str) -> None:
     assert quick(op, [FORMATS[form](t) for t in OPERANDS[op](torch.float32)]) is not None
 
 
+@needs_eager
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_halves_are_for_linear(dtype: torch.dtype) -> None:
+    tensors = OPERANDS["linear"](dtype)
+    for _ in range(2):
+        found = quick("linear", tensors)
+        same(found, slow("linear", tensors))
+    leaves = [t.requires_grad_() for t in tensors]
+    y = public("linear", leaves)
+    assert hasattr(y.grad_fn, "recipe")
+    for ours, theirs in zip(*(torch.autograd.grad(f("linear", leaves), leaves, found) for f in (public, slow))):
+        same(ours, theirs)
+    for op in set(OPS) - {"linear"}:
+        assert quick(op, OPERANDS[op](dtype)) is None
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("form", ["contiguous", "channels_last", "transposed", "offset"])
 def test_same_gradients(op: str, form: str) -> None:

@@ -137,7 +137,7 @@ def test_other_dtypes_give_torch_s_answer_and_are_counted(name: str, dtype: torc
     function = getattr(ours, name)
     before = sum(fallback_counts().values())
     some = list(itertools.islice(samples(op, "cpu", dtype), 20))
-    own = name == "scaled_dot_product_attention" and dtype in HALVES
+    own = name in ("scaled_dot_product_attention", "linear") and dtype in HALVES
     with fallback("silent"):
         for sample in some:
             expected = op.op(sample.input, *sample.args, **sample.kwargs)

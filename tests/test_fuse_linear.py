@@ -162,19 +162,30 @@ def test_graphs(case: str) -> None:
     assert (len(report.linears), len(report.residuals), sum(report.activations.values())) == counts
 
 
-def test_one_row_reads_the_weights_where_they_lie() -> None:
-    """They are packed for more rows, and a row's bits are the same either way."""
-    model = nn.Linear(70, 50).eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def test_one_row_reads_the_weights_where_they_lie(dtype: torch.dtype, calls: Counter[str]) -> None:
+    """They are packed for more rows, and halves for one too; a row's bits are the same either way."""
+    model = nn.Linear(70, 50, dtype=dtype).eval()
     frozen = FrozenLinear.of(model, "gelu")
-    x = rows(6, 70)
+    x = rows(6, 70).to(dtype)
     with torch.no_grad():
         alone = frozen(x[:1])
-        assert not frozen._packed._kept
+        assert bool(frozen._packed._kept) == (dtype is not torch.float32)
         together = frozen(x)
         assert len(frozen._packed._kept) == 1
         assert torch.equal(frozen(x[:2]), together[:2])
         assert torch.equal(alone, together[:1])
-        same(together, F.gelu(model(x)))
+        assert calls["frozen"] == 3
+        (packed,) = frozen._packed._kept.values()
+        assert 70 * 50 <= packed.numel() / dtype.itemsize <= 70 * 64
+        if dtype is torch.float32:
+            return same(together, F.gelu(model(x)))
+        # Activation and addition are of the sums: one rounding, where the steps one by one make two or three.
+        added = _fused.frozen_linear(x, model.weight, model.bias, frozen._packed, together, "gelu")
+        wide = F.linear(x.float(), model.weight.float(), model.bias.float())
+        for found, expected in ((together, F.gelu(wide)), (added, F.gelu(wide + together.float()))):
+            error = (found.float() - expected).abs()
+            assert (error <= torch.finfo(dtype).eps / 2 * expected.abs() * 1.01 + 1e-6).all()
 
 
 @pytest.mark.filterwarnings("ignore::fastconv.FallbackWarning")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from fastconv.ops.linear import linear
 
 OPS = torch.ops.fastconv
 LEADING = [(), (1,), (7,), (2, 3), (2, 1, 4), (0,), (2, 0)]
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,11 @@ def test_values_and_gradients(leading: tuple[int, ...], biased: bool) -> None:
     assert_close(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy))
 
 
+def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
+    y = function(*inputs)
+    return [y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))]
+
+
 def transposed(t: Tensor) -> Tensor:
     return t.mT.contiguous().mT
 
@@ -67,16 +73,21 @@ def spread(t: Tensor) -> Tensor:
     return t.flatten()[0].expand(t.shape)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["f64", "bf16"])
 @pytest.mark.parametrize("which", ["x", "w", "dy"])
 @pytest.mark.parametrize("layout", [transposed, sliced, expanded, spread])
-def test_any_strides(layout: Callable[[Tensor], Tensor], which: str) -> None:
-    x, w, bias = operands((6, 7))
-    dy = torch.randn(6, 7, 4, dtype=torch.float64)
+def test_any_strides(layout: Callable[[Tensor], Tensor], which: str, dtype: torch.dtype) -> None:
+    x, w, bias = (t.to(dtype) for t in operands((6, 7)))
+    dy = torch.randn(6, 7, 4, dtype=torch.float64).to(dtype)
     x, w, dy = (layout(t) if name == which else t for name, t in (("x", x), ("w", w), ("dy", dy)))
     inputs = leaf(x), leaf(w), leaf(bias)
-    y, expected = linear(*inputs), F.linear(*inputs)
-    assert_close(y, expected)
-    assert_close(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy))
+    if dtype is torch.float64:
+        y, expected = linear(*inputs), F.linear(*inputs)
+        assert_close(y, expected)
+        assert_close(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy))
+    else:
+        for found, wide in zip(results(linear, inputs, dy), results(linear, [leaf(t.float()) for t in inputs], dy)):
+            assert torch.equal(found, wide.to(dtype))
 
 
 def test_runs_on_the_kernels_of_conv2d() -> None:
@@ -84,6 +95,70 @@ def test_runs_on_the_kernels_of_conv2d() -> None:
     with fastconv.observe() as records:
         linear(*inputs).sum().backward()
     assert [r.op for r in records] == ["conv2d_fwd", "conv2d_dgrad", "conv2d_wgrad"]
+
+
+# Rows and features: nothing, tails, several blocks of the sum, several chunks of pixels.
+@HALVES
+@pytest.mark.parametrize("shape", [(0, 5, 4), (1, 70, 50), (3, 5, 4), (40, 33, 300), (530, 1600, 17)], ids=str)
+def test_halves_are_rounded_once_and_no_worse_than_torch(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, features, outputs = shape
+    torch.manual_seed(0)
+    inputs = [leaf(torch.randn(s).to(dtype)) for s in ((rows, features), (outputs, features), (outputs,))]
+    dy = torch.randn(rows, outputs).to(dtype)
+    before = fastconv.fallback_counts()
+    mine = results(fastconv.functional.linear, inputs, dy)
+    assert fastconv.fallback_counts() == before
+    single = results(fastconv.functional.linear, [leaf(t.float()) for t in inputs], dy)
+    double = results(F.linear, [leaf(t.double()) for t in inputs], dy)
+    for name, found, wide, truth, peer in zip(
+        ("y", "dx", "dw", "db"), mine, single, double, results(F.linear, inputs, dy)
+    ):
+        assert (found.dtype, found.stride()) == (dtype, peer.stride())
+        assert torch.equal(found, wide.to(dtype)), name
+        error, theirs = ((t.double() - truth).abs().sum() for t in (found, peer))
+        assert error <= theirs * 1.01, name
+
+
+@HALVES
+def test_autocast_casts_as_torch_does(dtype: torch.dtype) -> None:
+    inputs = [leaf(t.float()) for t in operands((16,))]
+    doubles = operands()
+    with torch.autocast("cpu", dtype), fastconv.observe() as records:
+        found, theirs = (f(*inputs) for f in (fastconv.functional.linear, F.linear))
+        assert fastconv.functional.linear(*doubles).dtype is F.linear(*doubles).dtype is torch.float64
+        grads = torch.autograd.grad(found.float().sum(), inputs)
+    assert found.dtype is theirs.dtype is dtype
+    assert {g.dtype for g in grads} == {torch.float32}
+    half = "bf16" if dtype is torch.bfloat16 else "f16"
+    assert {(r.op, r.dtype) for r in records} == {
+        ("conv2d_fwd", half), ("conv2d_dgrad", half), ("conv2d_wgrad", half), ("conv2d_fwd", "f64")
+    }  # fmt: skip
+    assert torch.equal(found, linear(*(t.to(dtype) for t in inputs)))
+
+
+@HALVES
+def test_further_derivatives_of_halves(dtype: torch.dtype) -> None:
+    inputs = [t.to(dtype) for t in operands()]
+
+    def second(*t: Tensor) -> list[Tensor]:
+        leaves = [leaf(x) for x in t]
+        grads = torch.autograd.grad(linear(*leaves).square().sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+
+    def forward(*t: Tensor) -> list[Tensor]:
+        return list(torch.func.jvp(linear, t, t))
+
+    def mapped(*t: Tensor) -> list[Tensor]:
+        x, w, bias = (torch.stack((a, 2 * a)) for a in t)
+        return list(torch.vmap(torch.func.grad(lambda *a: linear(*a).sum(), (0, 1, 2)))(x, w, bias))
+
+    # Halves of a unit in the last place that chains of results may be off by, each of what it is made of; a gradient alone: one.
+    for function, roundings in ((second, 8), (forward, 8), (mapped, 1.01)):
+        found, expected = function(*inputs), function(*(t.double() for t in inputs))
+        for a, b in zip(found, expected):
+            assert a.dtype is dtype
+            scale = b.abs() + 1e-4 if function is mapped else b.abs().max()
+            assert ((a.double() - b).abs() <= roundings * torch.finfo(dtype).eps / 2 * scale).all(), function.__name__
 
 
 def test_gradcheck() -> None:
@@ -126,9 +201,10 @@ def test_lazily_negated_weight() -> None:
     assert_close(linear(x, negated, bias), F.linear(x, -w, bias))
 
 
-def test_opcheck() -> None:
-    x, w, bias = (t.float() for t in operands())
-    dy = torch.randn(2, 3, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_opcheck(dtype: torch.dtype) -> None:
+    x, w, bias = (t.to(dtype) for t in operands())
+    dy = torch.randn(2, 3, 4).to(dtype)
     torch.library.opcheck(OPS.linear_fwd.default, (leaf(x), leaf(w), leaf(bias)))
     torch.library.opcheck(OPS.linear_dgrad.default, (leaf(dy), leaf(w)))
     for with_bias in (False, True):
@@ -141,7 +217,7 @@ def test_opcheck() -> None:
         lambda x, w, b: OPS.linear_fwd(x[..., :4], w, b),
         lambda x, w, b: OPS.linear_fwd(x, w, b[:3]),
         lambda x, w, b: OPS.linear_fwd(x, w.float(), b),
-        lambda x, w, b: OPS.linear_fwd(x.half(), w.half(), b.half()),
+        lambda x, w, b: OPS.linear_fwd(x.int(), w.int(), b.int()),
         lambda x, w, b: OPS.linear_dgrad(x, w),
         lambda x, w, b: OPS.linear_wgrad(x[:1], x, False),
     ],
@@ -167,13 +243,12 @@ def test_compiled_without_a_break(dynamic: bool) -> None:
 def test_bits_of_a_row_in_batches_of_every_size(target: str) -> None:
     """A few rows read the weight in place, many have it packed: 3000 features are two blocks of the sum, 70 outputs a tail."""
     with fastconv.use(conv2d_fwd=target):
-        for dtype in (torch.float32, torch.float64):
-            x, w, bias = (
-                torch.randn(20, 3000, dtype=dtype),
-                torch.randn(70, 3000, dtype=dtype),
-                torch.randn(70, dtype=dtype),
-            )
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            x, w, bias = (torch.randn(shape).to(dtype) for shape in ((20, 3000), (70, 3000), (70,)))
             many = fastconv.functional.linear(x, w, bias)
+            if dtype.itemsize == 2:
+                wide = fastconv.functional.linear(x.float(), w.float(), bias.float())
+                assert torch.equal(many, wide.to(dtype)), f"{dtype} is not float32's result rounded once"
             for count in range(1, 12):
                 assert torch.equal(fastconv.functional.linear(x[-count:], w, bias), many[-count:]), (
                     f"{count} of 20 rows"

@@ -28,6 +28,9 @@ bool run_any(const Recipe& recipe, const Args& args) {
   }
 }
 
+// Whose kernels take operands that are stored as halves.
+bool takes_halves(Op op) { return op == kLinear || op == kFrozenLinear || op == kLinearDgrad || op == kLinearWgrad; }
+
 }  // namespace
 
 Registered registered[kOps];
@@ -60,6 +63,7 @@ bool Call::begin(Py_ssize_t expected) {
 bool Call::tensor(int at) {
   Operand& operand = operands_[tensors_++];
   if (!torch_->read(args_[at], &operand) || operand.dtype != operands_[0].dtype) return false;
+  if ((operand.dtype == Dtype::bf16 || operand.dtype == Dtype::f16) && !takes_halves(op_)) return false;
   if (moment_ == Moment::records && torch_->requires_grad(args_[at])) derives_ = true;
   return key_.append(int64_t(operand.dtype) << 8 | operand.ndim) && key_.append(operand.shape, operand.ndim) &&
          key_.append(operand.strides, operand.ndim);

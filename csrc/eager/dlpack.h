@@ -9,7 +9,7 @@ namespace fastconv::dlpack {
 constexpr uint32_t kMajor = 1;
 constexpr const char* kCapsuleName = "dlpack_exchange_api";
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kInt = 0, kFloat = 2;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 struct Device {
   int32_t type, id;

@@ -10,6 +10,14 @@ Torch* connected = nullptr;  // never freed: its objects live as long as the int
 
 PyObject *current_level_name, *profiling_name, *strict_name;
 
+// False for what is no number of ours.
+bool find_dtype(const dlpack::DataType& type, Dtype* out) {
+  if (type.lanes != 1) return false;
+  if (type.code == dlpack::kBfloat) return *out = Dtype::bf16, type.bits == 16;
+  *out = type.bits == 16 ? Dtype::f16 : type.bits == 32 ? Dtype::f32 : Dtype::f64;
+  return type.code == dlpack::kFloat && (type.bits == 16 || type.bits == 32 || type.bits == 64);
+}
+
 // A new reference, kept for ever.
 bool take(PyObject* needs, const char* name, PyObject** out) {
   *out = PyObject_GetAttrString(needs, name);
@@ -25,8 +33,9 @@ bool Torch::connect(PyObject* needs, PyObject* exchange_api) {
       !take(needs, "profiler", &t->profiler_) || !take(needs, "grad_enabled", &t->grad_enabled_) ||
       !take(needs, "get_threads", &t->get_threads_) || !take(needs, "empty_strided", &t->empty_strided_) ||
       !take(needs, "is_neg", &t->is_neg_) || !take(needs, "requires_grad", &t->requires_grad_) ||
-      !take(needs, "float32", &t->float32_) || !take(needs, "float64", &t->float64_) || !take(needs, "int64", &t->int64_) ||
-      !take(needs, "planning", &t->planning_) || !take(needs, "observers", &t->observers_) ||
+      !take(needs, "float32", &t->dtypes_[int(Dtype::f32)]) || !take(needs, "float64", &t->dtypes_[int(Dtype::f64)]) ||
+      !take(needs, "bfloat16", &t->dtypes_[int(Dtype::bf16)]) || !take(needs, "float16", &t->dtypes_[int(Dtype::f16)]) ||
+      !take(needs, "int64", &t->int64_) || !take(needs, "planning", &t->planning_) || !take(needs, "observers", &t->observers_) ||
       !take(needs, "forced", &t->forced_) || !take(needs, "default_forced", &t->default_forced_)) {
     return false;
   }
@@ -86,8 +95,8 @@ bool Torch::read(PyObject* object, Operand* out) const {
     return false;
   }
   // A ZeroTensor has sizes and no memory.
-  if (!t.data || t.device.type != dlpack::kCpu || t.dtype.code != dlpack::kFloat || t.dtype.lanes != 1) return false;
-  if (t.dtype.bits != 32 && t.dtype.bits != 64) return false;
+  Dtype dtype;
+  if (!t.data || t.device.type != dlpack::kCpu || !find_dtype(t.dtype, &dtype)) return false;
   PyObject* negative = PyObject_Vectorcall(is_neg_, &object, 1, nullptr);
   if (negative != Py_False) {
     if (!negative) PyErr_Clear();
@@ -95,14 +104,16 @@ bool Torch::read(PyObject* object, Operand* out) const {
     return false;
   }
   Py_DECREF(negative);
-  *out = {static_cast<char*>(t.data) + t.byte_offset, t.shape, t.strides, t.ndim, t.dtype.bits == 32 ? Dtype::f32 : Dtype::f64};
+  *out = {static_cast<char*>(t.data) + t.byte_offset, t.shape, t.strides, t.ndim, dtype};
   return true;
 }
 
 bool Torch::read_own(PyObject* tensor, Operand* out) const {
   dlpack::Tensor t;
   if (tensor_from_object_(tensor, &t) != 0) return false;
-  *out = {static_cast<char*>(t.data) + t.byte_offset, t.shape, t.strides, t.ndim, t.dtype.bits == 32 ? Dtype::f32 : Dtype::f64};
+  Dtype dtype{};
+  find_dtype(t.dtype, &dtype);  // packed weights are bytes, and nobody asks what of
+  *out = {static_cast<char*>(t.data) + t.byte_offset, t.shape, t.strides, t.ndim, dtype};
   return true;
 }
 

@@ -40,7 +40,7 @@ class Torch {
   bool strict() const;
 
   PyObject* empty(PyObject* shape, PyObject* strides, PyObject* dtype) const;  // a new tensor, or null with an exception set
-  PyObject* dtype(Dtype dtype) const { return dtype == Dtype::f32 ? float32_ : float64_; }
+  PyObject* dtype(Dtype dtype) const { return dtypes_[int(dtype)]; }
   PyObject* int64() const { return int64_; }
 
  private:
@@ -52,7 +52,7 @@ class Torch {
   PyObject* forward_ad_;           // torch.autograd.forward_ad's dict, whose _current_level is negative outside of it
   PyObject* profiler_;             // torch.autograd.profiler's dict, whose _is_profiler_enabled is False outside of it
   PyObject *grad_enabled_, *get_threads_, *empty_strided_, *is_neg_, *requires_grad_;
-  PyObject *float32_, *float64_, *int64_;
+  PyObject *dtypes_[4], *int64_;                                 // by Dtype
   PyObject *planning_, *observers_, *forced_, *default_forced_;  // fastconv.plan's dict and three of its values
 };
 

@@ -17,7 +17,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import has_torch_function_variadic
 
 from ._arguments import as_int, describe
-from ._routes import autocast_to, check_one_device, for_torch, overridden
+from ._routes import autocast, check_one_device, for_torch, overridden
 from .ops import sdpa as ops
 from .ops._dispatch import WITH_HALVES, computed_in
 
@@ -144,9 +144,9 @@ def _answer(
     """What our kernels make of operands that they have; `plain` is scale and enable_gqa, `own` the options that torch has not."""
     return_lse = "return_lse" in own
     if isinstance(attn_mask, CausalBias):
-        query, key, value = _autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
     else:
-        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+        query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     heads, given, options = prepare(query, key, value, attn_mask, p, is_causal, plain, own)
     asked = None if torch.compiler.is_compiling() else _asked.get()
     if not return_lse and asked is None:
@@ -216,15 +216,6 @@ def by_name(query: Any, key: Any, value: Any, mask: Any) -> dict[str, Tensor | N
         if not isinstance(t, Tensor) and not (name == "attn_mask" and t is None):
             raise TypeError(f"{_OP}(): argument '{name}' must be Tensor, not {describe(t)}")
     return {"query": query, "key": key, "value": value, "attn_mask": mask}
-
-
-def _autocast(*tensors: Tensor | None) -> Any:
-    """What CPU autocast makes of the operands: torch's list has this function among those of lower precision."""
-    dtype = autocast_to([t for t in tensors if t is not None])
-    if dtype is None:
-        return tensors
-    # float64 is left alone, and a boolean mask.
-    return [t if t is None or not t.is_floating_point() or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
 
 
 def probability(p: Any) -> float:

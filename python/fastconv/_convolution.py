@@ -18,12 +18,12 @@ from . import _conv_checks as checks
 from . import plan
 from ._arguments import INT_MAX
 from ._conv_checks import Geometry
-from ._routes import for_torch, overridden, plain_pair
+from ._routes import autocast, for_torch, overridden, plain_pair
 from .ops import _eager
 from .ops import conv2d as ops
 from .ops import linear as linear_ops
 from .ops._conv2d_kernels import Recipe, follow, fwd_recipe
-from .ops._dispatch import DTYPES, KERNEL, usual
+from .ops._dispatch import DTYPES, KERNEL, WITH_HALVES, usual
 
 _dynamo = torch.compiler.is_dynamo_compiling
 _eager_conv2d, _eager_linear = _eager.native.eager_conv2d, _eager.native.eager_linear
@@ -150,8 +150,9 @@ def conv_transpose2d(
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`input` (*, I) times the transpose of `weight` (O, I), plus `bias` (O,): `torch.nn.functional.linear`.
 
-    Returns (*, O). float32 and float64 on the CPU run on our kernels. Raises RuntimeError where shapes, dtypes or devices do
-    not fit, TypeError where an argument is no tensor.
+    Returns (*, O). float32, float64, bfloat16 and float16 on the CPU run on our kernels, which sum the last two in float32 and
+    round once. CPU autocast applies as to torch's function. Raises RuntimeError where shapes, dtypes or devices do not fit,
+    TypeError where an argument is no tensor.
     """
     if not _dynamo():
         y = _eager_linear(input, weight, bias)
@@ -175,13 +176,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if has_torch_function_variadic(input, weight, bias):
         return overridden(linear, F.linear, (input, weight, bias), input, weight, bias)  # type: ignore[no-any-return]
     tensors = checks.tensors("linear", input, weight, bias)
-    if for_torch("linear", tensors, True):
+    if for_torch("linear", tensors, False, dtypes=WITH_HALVES):
         return F.linear(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
     checks.check_linear("linear", input, weight, bias)
     if 0 in input.shape or 0 in weight.shape:
         return F.linear(input, weight, bias)
     if not _usual_linear(input.shape, weight.shape, None if bias is None else bias.shape):
-        for_torch("linear", tensors, True, "weight is a vector" if weight.dim() == 1 else "bias is broadcast")
+        otherwise = "weight is a vector" if weight.dim() == 1 else "bias is broadcast"
+        for_torch("linear", tensors, False, otherwise, WITH_HALVES)
         return F.linear(input, weight, bias)
     return linear_ops.linear(input, weight, bias)
 
@@ -209,7 +212,7 @@ def linear_recipe(
     *chosen: Any,
 ) -> linear_ops.Recipe | None:
     """As `conv2d_recipe`, for linear."""
-    if dtype not in DTYPES or weight_dtype is not dtype or (bias is not None and bias_dtype is not dtype):
+    if dtype not in WITH_HALVES or weight_dtype is not dtype or (bias is not None and bias_dtype is not dtype):
         return None
     if not _usual_linear(input, weight, bias):
         return None

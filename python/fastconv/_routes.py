@@ -87,6 +87,14 @@ def autocast_to(tensors: list[Tensor]) -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu")
 
 
+def autocast(*tensors: Tensor | None) -> Any:
+    """Operands of an op on torch's list of those of lower precision, as CPU autocast casts them. float64 is left alone."""
+    dtype = autocast_to([t for t in tensors if t is not None])
+    if dtype is None:
+        return tensors
+    return [t if t is None or not t.is_floating_point() or t.dtype is _f64 else t.to(dtype) for t in tensors]
+
+
 def exporting() -> bool:
     """Whether the call is being written down for another runtime, which knows torch's operators and not ours."""
     return _is_exporting() or torch.onnx.is_in_onnx_export()

@@ -123,9 +123,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
         print(fastconv.explain("conv2d_fwd", x, w, stride=2, padding=1))
 
-    The arguments are those of `fastconv.functional.conv2d`, `max_pool2d`, `avg_pool2d`, `scaled_dot_product_attention`,
-    `layer_norm` or `batch_norm`, for the gradients too: what is then explained is the backward pass of that call. No kernel runs.
-    Choices by `use`, `set_accuracy` and the number of threads count.
+    The arguments are those of `fastconv.functional.conv2d` (of `linear`, where the weight of a convolution's op is a matrix),
+    `max_pool2d`, `avg_pool2d`, `scaled_dot_product_attention`, `layer_norm` or `batch_norm`, for the gradients too: what is then
+    explained is the backward pass of that call. No kernel runs. Choices by `use`, `set_accuracy` and the number of threads count.
 
     Raises ValueError for an unknown op, NotImplementedError for a call that torch answers, and what the call itself would raise.
     """
@@ -135,6 +135,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     from . import functional
 
     name, wanted = _CALLS[op]
+    weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+    if name == "conv2d" and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        name = "linear"
     call = getattr(functional, name)
     bound = inspect.signature(call).bind(*args, **kwargs)
     for key, value in bound.arguments.items():

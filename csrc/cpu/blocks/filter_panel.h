@@ -23,6 +23,16 @@ struct FilterSource {
 template <class S>
 void pack_filters(const FilterSource<S>& source, int64_t filters, int64_t width, compute_t<S>* panel);
 
+// Panels that are kept are of their filters' precision: `size` elements, whole vectors, there and back.
+template <class S>
+FC_INLINE void narrow_panel(const compute_t<S>* panel, int64_t size, S* kept) {
+  for (int64_t i = 0; i < size; i += kLanes<compute_t<S>>) store(kept + i, load(panel + i));
+}
+template <class S>
+FC_INLINE void widen_panel(const S* kept, int64_t size, compute_t<S>* panel) {
+  for (int64_t i = 0; i < size; i += kLanes<compute_t<S>>) store(panel + i, load(kept + i));
+}
+
 extern template void pack_filters(const FilterSource<float>&, int64_t, int64_t, float*);
 extern template void pack_filters(const FilterSource<double>&, int64_t, int64_t, double*);
 extern template void pack_filters(const FilterSource<bf16>&, int64_t, int64_t, float*);

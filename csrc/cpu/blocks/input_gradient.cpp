@@ -5,8 +5,9 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-template <class T>
+template <class S>
 void fill_phase(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  using T = compute_t<S>;
   // Along whichever of channels and columns is contiguous; neither is when a phase takes every other column of NCHW.
   const bool across_channels = a.y.c == 1;
   const int64_t length = across_channels ? a.K : a.Q, step = across_channels ? a.y.c : a.y.w;
@@ -19,14 +20,14 @@ void fill_phase(const Conv2dProblem& a, const Conv2dArgs& args, const Context& c
         const int count = length - j < kLanes<T> ? int(length - j) : kLanes<T>;
         vec<T> value = zero<T>();
         if (a.epilogue.bias) {
-          const T* bias = static_cast<const T*>(args.bias);
-          value = across_channels ? load(bias + j, count) : set1(bias[line]);
+          const S* bias = static_cast<const S*>(args.bias);
+          value = across_channels ? load(bias + j, count) : set1(wide(bias[line]));
         }
         if (a.epilogue.residual) {
-          value = value + load_strided(static_cast<const T*>(args.residual) + offset + j * step, step, count);
+          value = value + load_strided(static_cast<const S*>(args.residual) + offset + j * step, step, count);
         }
         value = activate(a.epilogue.activation, value);
-        T* y = static_cast<T*>(args.y) + offset + j * step;
+        S* y = static_cast<S*>(args.y) + offset + j * step;
         step == 1 ? store(y, value, count) : store_strided(y, step, value, count);
       }
     }
@@ -35,5 +36,7 @@ void fill_phase(const Conv2dProblem& a, const Conv2dArgs& args, const Context& c
 
 template void fill_phase<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 template void fill_phase<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+template void fill_phase<bf16>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+template void fill_phase<f16>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 
 }  // namespace fastconv::FASTCONV_TARGET

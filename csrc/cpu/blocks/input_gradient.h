@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/blocks/conv2d_geometry.h"
+#include "cpu/simd/half.h"
 
 #include "core/input_phases.h"
 
@@ -15,6 +16,8 @@ void fill_phase(const Conv2dProblem& a, const Conv2dArgs& args, const Context& c
 
 extern template void fill_phase<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 extern template void fill_phase<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template void fill_phase<bf16>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template void fill_phase<f16>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 
 template <class T, auto kForward>
 void input_gradient_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {

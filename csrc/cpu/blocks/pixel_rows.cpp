@@ -97,16 +97,16 @@ FC_INLINE Block block_at(const Conv2dProblem& a, const Reduction& reduction, int
           a.R * a.S == 1 && a.pad_top == 0 && a.pad_left == 0 && (a.P - 1) * a.stride_h < a.H && (a.Q - 1) * a.stride_w < a.W};
 }
 
-template <class T>
-void pack_block(const Conv2dProblem& a, const Reduction& reduction, const Block& block, const T* w, int64_t filters,
-                int64_t width, int64_t* tap_offset, T* panel) {
+template <class W>
+void pack_block(const Conv2dProblem& a, const Reduction& reduction, const Block& block, const W* w, int64_t filters,
+                int64_t width, int64_t* tap_offset, compute_t<W>* panel) {
   const int64_t per_tap = reduction.whole_rows ? a.S : 1;
   for (int64_t t = 0; t < block.taps * per_tap; ++t) {
     const int64_t position = block.first * per_tap + t;
     tap_offset[t] = position / a.S * a.w.r + position % a.S * a.w.s;
   }
   const int64_t channels = block.depth / per_tap;
-  pack_filters<T>(
+  pack_filters<W>(
       {w + (reduction.whole_rows ? 0 : block.begin * a.w.c), a.w.k, a.w.c, tap_offset, block.taps * per_tap, channels}, filters,
       width, panel);
 }
@@ -160,11 +160,32 @@ FC_INLINE int64_t kept_panel(const Reduction& reduction, const Shares& shares, i
 }
 
 // Packs one panel of one block of group g, from the filters of all groups.
-template <class T>
-void pack_panel(const Conv2dProblem& a, const Reduction& reduction, const Shares& shares, const Block& block, const T* w,
-                int64_t g, int64_t panel, int64_t* tap_offset, T* to) {
-  const int64_t vectors = shares.vectors.size(panel), k0 = shares.vectors.begin(panel) * kLanes<T>;
-  pack_block(a, reduction, block, w + g * a.w.g + k0 * a.w.k, a.K / a.groups - k0, vectors * kLanes<T>, tap_offset, to);
+template <class W>
+void pack_panel(const Conv2dProblem& a, const Reduction& reduction, const Shares& shares, const Block& block, const W* w,
+                int64_t g, int64_t panel, int64_t* tap_offset, compute_t<W>* to) {
+  constexpr int kL = kLanes<compute_t<W>>;
+  const int64_t vectors = shares.vectors.size(panel), k0 = shares.vectors.begin(panel) * kL;
+  pack_block(a, reduction, block, w + g * a.w.g + k0 * a.w.k, a.K / a.groups - k0, vectors * kL, tap_offset, to);
+}
+
+// The same for a panel that is kept, in the precision of the filters. Halves are of 1x1 filters, and go by way of a few depths.
+template <class W>
+void keep_panel(const Conv2dProblem& a, const Reduction& reduction, const Shares& shares, const Block& block, const W* w,
+                int64_t g, int64_t panel, int64_t* tap_offset, W* to) {
+  using T = compute_t<W>;
+  if constexpr (!kIsHalf<W>) {
+    pack_panel(a, reduction, shares, block, w, g, panel, tap_offset, to);
+  } else {
+    constexpr int64_t kDepths = 4 * kLanes<T>;  // 16 KB of panel (AVX-512)
+    T some[kDepths * GemmTile::kMaxVectors * kLanes<T>];
+    const int64_t width = shares.vectors.size(panel) * kLanes<T>;
+    for (int64_t d = 0; d < block.depth; d += kDepths) {
+      Block part = block;
+      part.begin += d, part.depth = block.depth - d < kDepths ? block.depth - d : kDepths;
+      pack_panel(a, reduction, shares, part, w, g, panel, tap_offset, some);
+      narrow_panel(some, part.depth * width, to + d * width);
+    }
+  }
 }
 
 // Panels first_panel .. +panel_count of group g, over pixels first .. last.
@@ -172,9 +193,10 @@ struct Task {
   int64_t g, first_panel, panel_count, first_pixel, last_pixel;
 };
 
-template <class T>
+template <class W>
 void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, const Reduction& reduction, const Shares& shares,
-              const Scratch<T>& scratch) {
+              const Scratch<compute_t<W>>& scratch) {
+  using T = compute_t<W>;
   const int64_t filters = a.K / a.groups;
   const T* x = static_cast<const T*>(args.x) + task.g * (a.C / a.groups);
   // All panels of the task go through tiles of the same rows, those of the widest.
@@ -182,13 +204,18 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
 
   for (int64_t b = 0; b < reduction.blocks; ++b) {
     const Block block = block_at(a, reduction, b);
-    const T* panels = static_cast<const T*>(args.packed) + kept_panel(reduction, shares, task.g, b, task.first_panel);
-    if (!args.packed) {
-      for (int64_t i = 0; i < task.panel_count; ++i) {
-        pack_panel(a, reduction, shares, block, static_cast<const T*>(args.w), task.g, task.first_panel + i, scratch.tap_offset,
-                   scratch.panels + i * shares.panel_size);
+    const W* kept = static_cast<const W*>(args.packed) + kept_panel(reduction, shares, task.g, b, task.first_panel);
+    const bool as_kept = args.packed && !kIsHalf<W>;
+    const T* panels = as_kept ? reinterpret_cast<const T*>(kept) : scratch.panels;
+    for (int64_t i = 0; !as_kept && i < task.panel_count; ++i) {
+      T* const panel = scratch.panels + i * shares.panel_size;
+      if (!args.packed) {
+        pack_panel(a, reduction, shares, block, static_cast<const W*>(args.w), task.g, task.first_panel + i, scratch.tap_offset,
+                   panel);
+      } else {
+        const int64_t width = shares.vectors.size(task.first_panel + i) * kLanes<T>;
+        widen_panel(kept + i * shares.panel_size, block.taps * block.depth * width, panel);
       }
-      panels = scratch.panels;
     }
     int64_t q = task.first_pixel % a.Q, p = task.first_pixel / a.Q % a.P, n = task.first_pixel / a.Q / a.P;
     for (int64_t tile = 0; tile < tiles.parts; ++tile) {
@@ -228,18 +255,24 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
 // A task of few pixels, Linear's rows: each filter is used too rarely to be worth packing. One vector of filters at a time goes
 // through all blocks, so that memory is read in long runs: at 4096 x 4096, 7.6 GB/s where every panel stops at the end of a
 // block.
+// Kept halves are the exception, whose panels are read as they are.
+template <class W>
 FC_INLINE bool is_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task) {
-  return !args.packed && a.R * a.S == 1 && a.w.c == 1 && task.last_pixel - task.first_pixel <= kThinRows;
+  const bool as_it_is = args.packed ? kIsHalf<W> : a.w.c == 1;
+  return as_it_is && a.R * a.S == 1 && task.last_pixel - task.first_pixel <= kThinRows;
 }
 
-template <class T>
+template <class W>
 void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, const Reduction& reduction, const Shares& shares,
-              const Scratch<T>& scratch) {
+              const Scratch<compute_t<W>>& scratch) {
+  using T = compute_t<W>;
   const int64_t filters = a.K / a.groups, first_k = shares.vectors.begin(task.first_panel) * kLanes<T>,
                 last_k = clamp(shares.vectors.begin(task.first_panel + task.panel_count) * kLanes<T>, 0, filters);
   const int rows = int(task.last_pixel - task.first_pixel);
   const T* x = static_cast<const T*>(args.x) + task.g * (a.C / a.groups);
-  for (int64_t k = first_k; k < last_k; k += kLanes<T>) {
+  int64_t panel = task.first_panel, step = kLanes<T>;
+  for (int64_t k = first_k; k < last_k; k += step, ++panel) {
+    if (args.packed) step = shares.vectors.size(panel) * kLanes<T>;
     for (int64_t b = 0; b < reduction.blocks; ++b) {
       const Block block = block_at(a, reduction, b);
       T* y[kThinRows];
@@ -248,12 +281,21 @@ void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
         point_row(a, reduction, block, x, n, p, q, rows, m, scratch);
         y[m] = static_cast<T*>(args.y) + n * a.y.n + p * a.y.h + q * a.y.w + task.g * filters + k;
       }
-      const ColumnPiece piece = {0, int32_t(last_k - k < kLanes<T> ? last_k - k : kLanes<T>), 0, 1};
-      const T* w = static_cast<const T*>(args.w) + task.g * a.w.g + k * a.w.k + block.begin;
-      thin_tile<T>(rows, {scratch.rows, w, a.w.k, piece.end, block.depth},
-                   {y, &piece, 1, b > 0, b == reduction.blocks - 1, a.epilogue.activation,
-                    a.epilogue.bias ? static_cast<const T*>(args.bias) + task.g * filters + k : nullptr, nullptr,
-                    a.epilogue.residual ? static_cast<const T*>(args.residual) : nullptr, static_cast<T*>(args.y)});
+      const ColumnPiece piece = {0, int32_t(last_k - k < step ? last_k - k : step), 0, 1};
+      const T* bias = a.epilogue.bias ? static_cast<const T*>(args.bias) + task.g * filters + k : nullptr;
+      const T* residual = a.epilogue.residual ? static_cast<const T*>(args.residual) : nullptr;
+      const bool last = b == reduction.blocks - 1;
+      const TileOutput<T> out = {
+          y, &piece, 1, b > 0, last, a.epilogue.activation, bias, nullptr, residual, static_cast<T*>(args.y)};
+      if constexpr (kIsHalf<W>) {
+        if (args.packed) {
+          const W* kept = static_cast<const W*>(args.packed) + kept_panel(reduction, shares, task.g, b, panel);
+          thin_panel<W>(rows, int(step / kLanes<T>), {scratch.rows, kept, step, block.depth}, out);
+          continue;
+        }
+      }
+      const W* w = static_cast<const W*>(args.w) + task.g * a.w.g + k * a.w.k + block.begin;
+      thin_tile<W>(rows, {scratch.rows, w, a.w.k, piece.end, block.depth}, out);
     }
   }
 }
@@ -266,16 +308,18 @@ const char* pixel_rows_reject(const Conv2dProblem& a) {
   return nullptr;
 }
 
-template <class T>
+template <class W>
 int64_t pixel_rows_workspace(const Conv2dProblem& a, const Machine& machine) {
+  using T = compute_t<W>;
   const Reduction reduction(a);
   Arena arena(nullptr);
   const Scratch<T> counted(arena, reduction, Shares::of<T>(a, reduction, machine.threads), a);
   return arena.used() * machine.threads;
 }
 
-template <class T>
+template <class W>
 void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  using T = compute_t<W>;
   const Reduction reduction(a);
   const Shares shares = Shares::of<T>(a, reduction, context.machine->threads);
   const int64_t panels = shares.vectors.parts, splits = shares.pixel_splits, pixels = a.N * a.P * a.Q;
@@ -292,39 +336,41 @@ void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Contex
       if (count > shares.panels_per_block) count = shares.panels_per_block;
       const int64_t first = pixels * split / splits, last = pixels * (split + 1) / splits;
       const Task task = {g, panel, count, first, last};
-      if (first < last) (is_thin(a, args, task) ? run_thin<T> : run_task<T>)(a, args, task, reduction, shares, scratch);
+      if (first < last) (is_thin<W>(a, args, task) ? run_thin<W> : run_task<W>)(a, args, task, reduction, shares, scratch);
       i += count;
     }
   });
 }
 
 // A single pixel uses each filter once, whether it lies packed or not: at 4096 x 4096 both stream from memory at 10.3 GB/s, at
-// 25088 x 4096 at 11.3 as it is and at 10.7 packed. From two pixels on packed filters are the faster, 1.2 times with four.
-template <class T>
+// 25088 x 4096 at 11.3 as it is and at 10.7 packed. From two pixels on packed filters are the faster, 1.2 times with four. Halves
+// cost as much to transpose as to read: f16 comes at 7.6 GB/s as it is and at 9.1 packed, bf16 at 9.2 and 9.9.
+template <class W>
 PackedFilters pixel_rows_packed(const Conv2dProblem& a) {
-  if (a.R * a.S == 1 && a.w.c == 1 && a.N * a.P * a.Q == 1) return {};
+  if (!kIsHalf<W> && a.R * a.S == 1 && a.w.c == 1 && a.N * a.P * a.Q == 1) return {};
   const Reduction reduction(a);
-  const Shares shares = Shares::of<T>(a, reduction, 1);
-  return {kept_panel(reduction, shares, a.groups, 0, 0) * int64_t(sizeof(T)), reduction.whole_rows};
+  const Shares shares = Shares::of<compute_t<W>>(a, reduction, 1);
+  return {kept_panel(reduction, shares, a.groups, 0, 0) * int64_t(sizeof(W)), reduction.whole_rows};
 }
 
-template <class T>
+template <class W>
 void pixel_rows_pack(const Conv2dProblem& a, const void* w, void* packed) {
   const Reduction reduction(a);
-  const Shares shares = Shares::of<T>(a, reduction, 1);
+  const Shares shares = Shares::of<compute_t<W>>(a, reduction, 1);
   int64_t tap_offset[kMaxDepth];
   for (int64_t g = 0; g < a.groups; ++g) {
     for (int64_t b = 0; b < reduction.blocks; ++b) {
       for (int64_t panel = 0; panel < shares.vectors.parts; ++panel) {
-        pack_panel(a, reduction, shares, block_at(a, reduction, b), static_cast<const T*>(w), g, panel, tap_offset,
-                   static_cast<T*>(packed) + kept_panel(reduction, shares, g, b, panel));
+        keep_panel(a, reduction, shares, block_at(a, reduction, b), static_cast<const W*>(w), g, panel, tap_offset,
+                   static_cast<W*>(packed) + kept_panel(reduction, shares, g, b, panel));
       }
     }
   }
 }
 
-template <class T>
+template <class W>
 double pixel_rows_efficiency(const Conv2dProblem& a) {
+  using T = compute_t<W>;
   const double filters = double(a.K / a.groups), vectors = double(round_up(a.K / a.groups, kLanes<T>)) / kLanes<T>;
   const double lanes = filters / (vectors * kLanes<T>);
   const double depth = double(a.R) * double(a.S) * double(a.C / a.groups);
@@ -344,6 +390,8 @@ double pixel_rows_efficiency(const Conv2dProblem& a) {
   template double pixel_rows_efficiency<T>(const Conv2dProblem&);
 FC_PIXEL_ROWS(float)
 FC_PIXEL_ROWS(double)
+FC_PIXEL_ROWS(bf16)
+FC_PIXEL_ROWS(f16)
 #undef FC_PIXEL_ROWS
 
 }  // namespace fastconv::FASTCONV_TARGET

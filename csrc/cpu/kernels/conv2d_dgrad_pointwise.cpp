@@ -1,6 +1,7 @@
 // conv2d_dgrad.pointwise: the input gradient of 1x1 filters, which is a matrix multiplication by the transposed filters; with a
 // stride all but one of the phases are zeros. Linear's input gradient is the same.
 #include "cpu/blocks/filter_rows.h"
+#include "cpu/blocks/half_rows.h"
 #include "cpu/blocks/input_gradient.h"
 #include "cpu/blocks/pixel_rows.h"
 
@@ -39,9 +40,16 @@ template <class T>
 constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>,
                                            input_gradient_workspace<phase_workspace<T>>, input_gradient_run<T, run_phase<T>>};
 
+template <class S>
+constexpr Kernel<Conv2dProblem> kHalves = {1.0f, half_rows_reject, input_gradient_cost<phase_cost<float>>,
+                                           input_gradient_workspace<half_rows_workspace<S>>,
+                                           input_gradient_run<S, half_rows_run<S>>};
+
 }  // namespace
 
 extern constinit const Kernel<Conv2dProblem> conv2d_dgrad_pointwise_f32 = kKernel<float>;
 extern constinit const Kernel<Conv2dProblem> conv2d_dgrad_pointwise_f64 = kKernel<double>;
+extern constinit const Kernel<Conv2dProblem> conv2d_dgrad_pointwise_bf16 = kHalves<bf16>;
+extern constinit const Kernel<Conv2dProblem> conv2d_dgrad_pointwise_f16 = kHalves<f16>;
 
 }  // namespace fastconv::FASTCONV_TARGET

@@ -1,13 +1,14 @@
 // conv2d_fwd.pointwise: 1x1 filters, which is a plain matrix multiplication, and so is Linear. Channels-last images put pixels in
 // the rows and pack filters, NCHW images put filters in the rows and pack pixels: what is contiguous is the vector, and the other
-// operand is read where it lies.
+// operand is read where it lies. Halves are stored: channels-last images only, computed in f32.
 //
 //   tile       blocks/gemm_tile.h     6 x 64 in registers (AVX-512), 4 x 24 (AVX2)
 //   transform  blocks/filter_panel.h, blocks/pixel_panel.h
 //   multiply   blocks/gemm_tile.cpp
-//   run        blocks/pixel_rows.cpp, blocks/filter_rows.cpp
+//   run        blocks/pixel_rows.cpp, blocks/filter_rows.cpp, blocks/half_rows.cpp
 #include "cpu/blocks/conv2d_geometry.h"
 #include "cpu/blocks/filter_rows.h"
+#include "cpu/blocks/half_rows.h"
 #include "cpu/blocks/pixel_rows.h"
 
 namespace fastconv::FASTCONV_TARGET {
@@ -50,9 +51,15 @@ PackedFilters packed(const Conv2dProblem& a) {
 template <class T>
 constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, cost<T>, workspace<T>, run<T>, packed<T>, pixel_rows_pack<T>};
 
+template <class S>
+constexpr Kernel<Conv2dProblem> kHalves = {
+    1.0f, half_rows_reject, cost<float>, half_rows_workspace<S>, half_rows_run<S>, pixel_rows_packed<S>, pixel_rows_pack<S>};
+
 }  // namespace
 
 extern constinit const Kernel<Conv2dProblem> conv2d_fwd_pointwise_f32 = kKernel<float>;
 extern constinit const Kernel<Conv2dProblem> conv2d_fwd_pointwise_f64 = kKernel<double>;
+extern constinit const Kernel<Conv2dProblem> conv2d_fwd_pointwise_bf16 = kHalves<bf16>;
+extern constinit const Kernel<Conv2dProblem> conv2d_fwd_pointwise_f16 = kHalves<f16>;
 
 }  // namespace fastconv::FASTCONV_TARGET

@@ -6,6 +6,7 @@
 //   run        blocks/filter_gradient.cpp  blocks of filters, then chunks of pixels, then taps and panels of channels
 #include "cpu/blocks/conv2d_geometry.h"
 #include "cpu/blocks/filter_gradient.h"
+#include "cpu/simd/half.h"
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
@@ -15,7 +16,7 @@ const char* reject(const Conv2dProblem& a) { return a.R * a.S == 1 ? nullptr : "
 
 template <class T>
 double cost(const Conv2dProblem& a, const Machine& machine) {
-  return conv2d_flops(a) / (peak_flops<T>(machine) * filter_gradient_efficiency<T>(a));
+  return conv2d_flops(a) / (peak_flops<compute_t<T>>(machine) * filter_gradient_efficiency<T>(a));
 }
 
 template <class T>
@@ -25,5 +26,7 @@ constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, cost<T>, filter_gradien
 
 extern constinit const Kernel<Conv2dProblem> conv2d_wgrad_pointwise_f32 = kKernel<float>;
 extern constinit const Kernel<Conv2dProblem> conv2d_wgrad_pointwise_f64 = kKernel<double>;
+extern constinit const Kernel<Conv2dProblem> conv2d_wgrad_pointwise_bf16 = kKernel<bf16>;
+extern constinit const Kernel<Conv2dProblem> conv2d_wgrad_pointwise_f16 = kKernel<f16>;
 
 }  // namespace fastconv::FASTCONV_TARGET

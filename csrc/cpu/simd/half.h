@@ -160,11 +160,20 @@ FC_INLINE half_lanes narrow(vec<float> a) {
 #endif
 #endif
 
+// Of vectors of two bf16 a lane: the lower ones and the upper ones.
+FC_INLINE vec<float> widen_lower(vec<float> pairs) { return {(vec<float>::raw)((index_vec<float>::raw)pairs.v << 16)}; }
+FC_INLINE vec<float> widen_upper(vec<float> pairs) { return {(vec<float>::raw)((index_vec<float>::raw)pairs.v & ~0xFFFF)}; }
+
+// One number as what it is computed in.
+FC_INLINE float wide(float x) { return x; }
+FC_INLINE double wide(double x) { return x; }
+
 // The vocabulary of vec.h for memory of halves.
 #define FC_HALF(S)                                                                                         \
   FC_INLINE vec<float> load(const S* p) { return widen<S>(load_halves(p)); }                               \
   FC_INLINE vec<float> load_range(const S* p, int lo, int hi) { return widen<S>(load_halves(p, lo, hi)); } \
   FC_INLINE vec<float> load(const S* p, int n) { return load_range(p, 0, n); }                             \
+  FC_INLINE float wide(S x) { return load(&x, 1).v[0]; }                                                   \
   FC_INLINE void store(S* p, vec<float> a) { store_halves(p, narrow<S>(a)); }                              \
   FC_INLINE void store(S* p, vec<float> a, int n) { store_halves(p, narrow<S>(a), n); }                    \
   FC_INLINE vec<float> load_strided(const S* p, int64_t step, int n) {                                     \

@@ -373,9 +373,8 @@ class Linear(Layer):
 
     @property
     def error_bound(self) -> float:
-        return self._sum_bound(
-            {"fwd": self.problem.i, "dgrad": self.problem.o, "wgrad": self.problem.m}[self.direction]
-        )
+        terms = {"fwd": self.problem.i, "dgrad": self.problem.o, "wgrad": self.problem.m}[self.direction]
+        return self._sum_bound(terms) + self._storing
 
     @cached_property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ examples:
   fastconv bench conv2d --shape n1c64h56k64r3p1 --threads 1,2 --layout nhwc --algorithms all
   fastconv bench resnet50 --batch 1,8 --pass fwd,dgrad,wgrad --json resnet50.json
   fastconv bench model resnet18 --train --batch 8
-  fastconv bench sdpa --dtype bf16
+  fastconv bench sdpa linear --dtype bf16
   fastconv bench model vit_b_16 gpt2 bert_base --fuse
   fastconv bench mobilenet_v2 --all-algorithms --peers none
 """
@@ -51,7 +51,7 @@ _DEFAULT_SHAPES = {
         "c32h112k32r3p1g32",
         "c512h14k512r3p1g512",
     ),
-    "linear": ("i2048o1000", "m197i768o3072"),
+    "linear": ("i2048o1000", "i4096o4096", "m197i768o3072"),
     "sdpa": (
         "h16q2048d64",
         "h16q2048d64+causal",
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("f32", "f64", "bf16", "f16"),
         default="f32",
-        help="default f32; halves are for sdpa and for --device cuda",
+        help="default f32; halves are for sdpa, linear and --device cuda",
     )
     parser.add_argument("--train", action="store_true", help="with 'model': a training step")
     parser.add_argument("--fuse", action="store_true", help="with 'model': fastconv's weights frozen by fastconv.fuse")
@@ -189,8 +189,10 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
         return gpu.run(args, words)
     if not args.targets:
         raise UsageError("expected a target: see fastconv bench --help")
-    if args.dtype in ("bf16", "f16") and set(args.targets) != {"sdpa"}:
-        raise UsageError(f"--dtype {args.dtype} is for sdpa and --device cuda alone, got {' '.join(args.targets)}")
+    if args.dtype in ("bf16", "f16") and not set(args.targets) <= {"sdpa", "linear"}:
+        raise UsageError(
+            f"--dtype {args.dtype} is for sdpa, linear and --device cuda alone, got {' '.join(args.targets)}"
+        )
     import fastconv
     from fastconv.bench import context, peaks
     from fastconv.bench.report import Reporter

@@ -36,6 +36,7 @@ class Needs:
     is_neg = torch.Tensor.is_neg
     requires_grad = torch._C.TensorBase.__dict__["requires_grad"]
     float32, float64, int64 = torch.float32, torch.float64, torch.int64
+    bfloat16, float16 = torch.bfloat16, torch.float16
     observers = plan._observers
     forced = plan.forced
     default_forced = plan._environment

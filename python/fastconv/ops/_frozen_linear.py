@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import plan
 from ._conv2d_kernels import Shape
-from ._dispatch import DTYPES, empty_strided
+from ._dispatch import WITH_HALVES, empty_strided
 from ._packed import PackedFilters
 from .linear import Recipe, contiguous_strides, make_plan
 
@@ -36,7 +36,7 @@ def _recipe(
     """None where the operands, each of at least one element, are not a layer's: whoever can say why has to look."""
     dtype = dtypes[0]
     y = (*x[:-1], *w[:1])
-    if dtype not in DTYPES or any(other not in (None, dtype) for other in dtypes):
+    if dtype not in WITH_HALVES or any(other not in (None, dtype) for other in dtypes):
         return None
     if not x or len(w) != 2 or x[-1] != w[1] or bias not in (None, w[:1]) or residual not in (None, y):
         return None

@@ -2,7 +2,7 @@
 
 There is no kernel for it: over its last dimension a linear layer is a 1×1 convolution of channels_last images of one pixel, one
 for each row of x. The plans of conv2d serve it, without a copy and without a view, and rows being samples, a row's bits do not
-depend on how many others there are.
+depend on how many others there are. bfloat16 and float16 are how operands are stored: kernels sum in float32 and round once.
 
     linear_fwd     y  (..., O) = x (..., I) w (O, I)ᵀ + bias (O)
     linear_dgrad   dx (..., I) = dy w
@@ -20,7 +20,19 @@ from torch import Tensor
 
 from .. import plan
 from ._conv2d_kernels import TAGS, Shape, library
-from ._dispatch import DTYPES, FUNCTION, KERNEL, TRANSFORM, Way, check_operands, check_shape, direct, empty_strided, way
+from ._dispatch import (
+    FUNCTION,
+    KERNEL,
+    TRANSFORM,
+    WITH_HALVES,
+    Way,
+    check_operands,
+    check_shape,
+    computed_in,
+    direct,
+    empty_strided,
+    way,
+)
 from .conv2d import conv2d
 
 Context: TypeAlias = Any  # torch.autograd.function.FunctionCtx, which takes any attribute
@@ -53,10 +65,10 @@ def make_plan(
         return None
     x, w, y = (rows, inputs, 1, 1), (outputs, inputs, 1, 1), (rows, outputs, 1, 1)
     problem = plan.conv2d_problem(
-        DTYPES[dtype], (x, plan.strides_of(x, True)), (w, (*w_strides, 1, 1)), (y, plan.strides_of(y, True)),
+        WITH_HALVES[dtype], (x, plan.strides_of(x, True)), (w, (*w_strides, 1, 1)), (y, plan.strides_of(y, True)),
         (1, 1), (0, 0, 0, 0), (1, 1), 1, biased, residual, activation, frozen,
     )  # fmt: skip
-    return plan.make(op, problem, DTYPES[dtype], (x, w, y), threads, force, strict)
+    return plan.make(op, problem, WITH_HALVES[dtype], (x, w, y), threads, force, strict)
 
 
 def contiguous_strides(shape: Shape) -> Shape:
@@ -164,7 +176,7 @@ library.define("linear_wgrad(Tensor dy, Tensor x, bool with_bias) -> (Tensor, Te
 
 
 def _fwd_impl(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    check_operands("linear_fwd", x=x, w=w, bias=bias)
+    check_operands("linear_fwd", WITH_HALVES, x=x, w=w, bias=bias)
     check_shape("linear_fwd", "w", w.shape, (w.shape[0], x.shape[-1]))
     if bias is not None:
         check_shape("linear_fwd", "bias", bias.shape, (w.shape[0],))
@@ -172,13 +184,13 @@ def _fwd_impl(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _dgrad_impl(dy: Tensor, w: Tensor) -> Tensor:
-    check_operands("linear_dgrad", dy=dy, w=w)
+    check_operands("linear_dgrad", WITH_HALVES, dy=dy, w=w)
     check_shape("linear_dgrad", "w", w.shape, (dy.shape[-1], w.shape[1]))
     return run_dgrad(dy, w)
 
 
 def _wgrad_impl(dy: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
-    check_operands("linear_wgrad", dy=dy, x=x)
+    check_operands("linear_wgrad", WITH_HALVES, dy=dy, x=x)
     check_shape("linear_wgrad", "dy", dy.shape, (*x.shape[:-1], dy.shape[-1]))
     return run_wgrad(dy, x, with_bias)
 
@@ -257,11 +269,13 @@ def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _batched(x: Tensor, w: Tensor) -> Tensor:
-    """vmap: x (B, M, I) times the transpose of w (B, O, I), as one convolution with B groups."""
+    """vmap: x (B, M, I) times the transpose of w (B, O, I), as one convolution with B groups; of halves in float32."""
     B, M, inputs = x.shape
+    stored, computed = x.dtype, computed_in(x.dtype)
+    x, w = x.to(computed), w.to(computed)
     image = x.movedim(1, 0).reshape(M, B * inputs).t()[None, :, None]
     y = conv2d(image, w.flatten(0, 1)[..., None, None], None, (1, 1), (0, 0, 0, 0), (1, 1), B)
-    return y.reshape(B, w.shape[1], M).transpose(1, 2)
+    return y.reshape(B, w.shape[1], M).transpose(1, 2).to(stored)
 
 
 def _remember(ctx: Context, x: Tensor, w: Tensor, y_shape: Shape) -> None:

@@ -305,7 +305,7 @@ def run(
             plan.pack(address["w"], kept.address)
             address["packed"] = kept.address
             del memories["w"]
-            operands["w"].view[...] = np.nan
+            operands["w"].view[...] = tolerance.encode_bf16(np.array(np.nan)) if dtype == "bf16" else np.nan
         names = ("x", "w", "bias", "residual", "y", "packed")
         plan.run_conv2d(*(address.get(name, 0) for name in names), workspace=scratch_address)
     elif isinstance(case, SdpaCase):
@@ -387,7 +387,8 @@ def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> 
         values = inputs.get(name)
         if dtype == "bf16" and values is not None and name != "indices":
             values = tolerance.encode_bf16(values)
-        made[name] = Operand.make(shape, dtype_of, layout, place, values)
+        with np.errstate(over="ignore"):  # large neighbours, in f16
+            made[name] = Operand.make(shape, dtype_of, layout, place, values)
     return made
 
 
@@ -415,6 +416,8 @@ def check(
     rounded = name.endswith(".sm80") and (growth > 1 or (isinstance(case, SdpaCase) and dtype in tolerance.HALVES))
     for output, got in result.outputs.items():
         expected = truth.outputs[output]
+        if exact and dtype in tolerance.HALVES and isinstance(case, ConvCase):
+            expected = tolerance.stored(expected, dtype)  # of an exact sum one rounding is left
         if growth > 1 and not exact and not rounded and isinstance(case, ConvCase):
             error = tolerance.relative_l2(got, expected, truth.norm)
             allowed = tolerance.l2_bound(growth, case.terms(op), got.dtype)
