@@ -29,7 +29,9 @@ bool run_any(const Recipe& recipe, const Args& args) {
 }
 
 // Whose kernels take operands that are stored as halves.
-bool takes_halves(Op op) { return op == kLinear || op == kFrozenLinear || op == kLinearDgrad || op == kLinearWgrad; }
+bool takes_halves(Op op) {
+  return op == kSdpa || op == kLinear || op == kFrozenLinear || op == kLinearDgrad || op == kLinearWgrad;
+}
 
 }  // namespace
 
@@ -40,6 +42,7 @@ PyObject* none() { Py_RETURN_NONE; }
 bool run(const Recipe& recipe, const Conv2dArgs& args) { return run_any(recipe, args); }
 bool run(const Recipe& recipe, const Pool2dArgs& args) { return run_any(recipe, args); }
 bool run(const Recipe& recipe, const NormArgs& args) { return run_any(recipe, args); }
+bool run(const Recipe& recipe, const SdpaArgs& args) { return run_any(recipe, args); }
 
 PyObject* allocate(const Torch& torch, PyObject* shape, PyObject* strides, PyObject* dtype, void** address) {
   PyObject* tensor = torch.empty(shape, strides, dtype);

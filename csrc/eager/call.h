@@ -15,6 +15,7 @@ enum Op {
   kAvgPool2d,
   kAdaptiveAvgPool2d,
   kLayerNorm,
+  kSdpa,
   kFrozenConv2d,
   kFrozenLinear,
   kConv2dDgrad,
@@ -53,6 +54,7 @@ class Call {
   bool pair(int at);
   bool sizes(int at);   // a tuple of ints
   bool number(int at);  // a float
+  bool optional_number(int at) { return args_[at] == Py_None ? key_.append(-1) : number(at); }
   bool integer(int at) { return integer(args_[at]); }
   bool flag(int at);
   bool name(int at);  // a string of at most 16 bytes
@@ -89,6 +91,7 @@ class Call {
 bool run(const Recipe& recipe, const Conv2dArgs& args);
 bool run(const Recipe& recipe, const Pool2dArgs& args);
 bool run(const Recipe& recipe, const NormArgs& args);
+bool run(const Recipe& recipe, const SdpaArgs& args);
 
 // A tensor to be written, of the recipe's shape unless another is given, and its address. Null with a Python exception set.
 PyObject* allocate(const Torch& torch, PyObject* shape, PyObject* strides, PyObject* dtype, void** address);

@@ -9,10 +9,22 @@
 namespace fastconv {
 namespace {
 
-constexpr const char* kNames[kOps] = {
-    "conv2d",       "linear",        "max_pool2d",     "avg_pool2d",     "adaptive_avg_pool2d",
-    "layer_norm",   "frozen_conv2d", "frozen_linear",  "conv2d_dgrad",   "conv2d_wgrad",
-    "linear_dgrad", "linear_wgrad",  "max_pool2d_bwd", "avg_pool2d_bwd", "adaptive_avg_pool2d_bwd"};
+constexpr const char* kNames[kOps] = {"conv2d",
+                                      "linear",
+                                      "max_pool2d",
+                                      "avg_pool2d",
+                                      "adaptive_avg_pool2d",
+                                      "layer_norm",
+                                      "sdpa",
+                                      "frozen_conv2d",
+                                      "frozen_linear",
+                                      "conv2d_dgrad",
+                                      "conv2d_wgrad",
+                                      "linear_dgrad",
+                                      "linear_wgrad",
+                                      "max_pool2d_bwd",
+                                      "avg_pool2d_bwd",
+                                      "adaptive_avg_pool2d_bwd"};
 
 using Address = void*;
 
@@ -103,6 +115,25 @@ PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result;
 }
 
+// (query, key, value, is_causal, scale, enable_gqa) -> the output. Masks, dropout, gradients and what torch has not are Python's.
+PyObject* sdpa(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Call call(kSdpa, args, count);
+  const bool ours = call.begin(6) && call.tensor(0) && call.tensor(1) && call.tensor(2) && !call.derives() && call.flag(3) &&
+                    call.optional_number(4) && call.flag(5);
+  if (!ours) return call.pass();
+  PyObject* found = call.recipe();
+  if (!found || found == Py_None) return found;
+  const auto& recipe = *reinterpret_cast<Recipe*>(found);
+  SdpaArgs given{};
+  given.q = call.operand(0).data;
+  given.k = call.operand(1).data;
+  given.v = call.operand(2).data;
+  PyObject* out = allocate(call.torch(), recipe.shape, recipe.strides, call.torch().dtype(call.operand(0).dtype), &given.out);
+  if (out && !run(recipe, given)) Py_CLEAR(out);
+  Py_DECREF(found);
+  return out;
+}
+
 // ---- Set-up ---------------------------------------------------------------------------------------------------------------
 
 PyObject* connect(PyObject*, PyObject* args) {
@@ -146,6 +177,7 @@ PyMethodDef methods[] = {
     fast("eager_avg_pool2d", &avg_pool2d),
     fast("eager_adaptive_avg_pool2d", &adaptive_avg_pool2d),
     fast("eager_layer_norm", &layer_norm),
+    fast("eager_sdpa", &sdpa),
     fast("eager_frozen_conv2d", &frozen_conv2d),
     fast("eager_frozen_linear", &frozen_linear),
     fast("eager_record_product", &record_product),

@@ -20,8 +20,11 @@ from ._arguments import as_int, describe
 from ._routes import autocast, check_one_device, for_torch, overridden
 from .ops import sdpa as ops
 from .ops._dispatch import WITH_HALVES, computed_in
+from .ops._eager import native
 
 _OP = "scaled_dot_product_attention"
+_dynamo = torch.compiler.is_dynamo_compiling
+_eager_sdpa = native.eager_sdpa
 
 
 @overload
@@ -101,6 +104,11 @@ def scaled_dot_product_attention(
     Raises RuntimeError where shapes, dtypes or devices do not fit or `dropout_p` is no probability, TypeError where an argument
     is of the wrong kind, NotImplementedError where an option that torch has not meets tensors that only torch can serve.
     """
+    ordinary = attn_mask is None and dropout_p == 0.0 and not return_lse and softcap is None and window is None
+    if ordinary and relative_bias is None and alibi_slopes is None and sinks is None and not _dynamo():
+        out = None if _asked.get() is not None else _eager_sdpa(query, key, value, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out  # type: ignore[no-any-return]
     given = {
         "window": window, "softcap": softcap or None, "relative_bias": relative_bias, "alibi_slopes": alibi_slopes,
         "sinks": sinks, "return_lse": return_lse or None,

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ._attention import prepare
 from ._convolution import conv2d_recipe, linear_recipe
 from ._pooling import avg_recipe, c_pair, max_recipe, usual_windows
-from .ops import avg_pool2d, layer_norm, linear, pool2d
+from .ops import avg_pool2d, layer_norm, linear, pool2d, sdpa
 from .ops._conv2d_kernels import Recipe
 from .ops._eager import Answer, native
 from .ops._recorded import RECORDERS
@@ -105,8 +106,23 @@ def _resolve_layer_norm(
     return None if found is None else (found.plan.native, found.y_shape, found.y_strides, None)
 
 
+def _resolve_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Answer | None:
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return None
+    _, given, options = prepare(query, key, value, None, 0.0, is_causal, (scale, enable_gqa), {})
+    four = given.q, given.k, given.v
+    if any(t.data_ptr() != own.data_ptr() for t, own in zip((query, key, value), four)):
+        return None  # heads were repeated into new memory
+    out = sdpa.output(given.q, given.v)
+    found = sdpa.find("sdpa_fwd", options, {"q": given.q, "k": given.k, "v": given.v, "out": out})
+    return None if found is None else (found.native, tuple(out.shape), out.stride(), None)
+
+
 # Where a gradient is wanted, nobody takes over: the call goes on in Python.
 native.eager_register("layer_norm", _resolve_layer_norm, None)
+native.eager_register("sdpa", _resolve_sdpa, None)
 
 for _name, _resolver in (
     ("conv2d", _resolve_conv2d),

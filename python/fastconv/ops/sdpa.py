@@ -78,7 +78,7 @@ def _plan(
     return plan.make(op, problem, WITH_HALVES[dtype], shapes, threads, force, strict)
 
 
-def _find(op: str, options: Options, tensors: dict[str, MaybeTensor]) -> plan.Plan | None:
+def find(op: str, options: Options, tensors: dict[str, MaybeTensor]) -> plan.Plan | None:
     mask, q = tensors.get("mask"), tensors["q"]
     assert q is not None
     kind = "none" if mask is None else "boolean" if mask.dtype is torch.bool else "additive"
@@ -95,7 +95,7 @@ def _expanded(mask: MaybeTensor, q: Tensor, k: Tensor) -> MaybeTensor:
     return None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
 
 
-def _output(q: Tensor, v: Tensor) -> Tensor:
+def output(q: Tensor, v: Tensor) -> Tensor:
     """An empty output in torch's layout, which is the query's: (B, H, L, E), or (B, L, H, E) in memory."""
     B, H, L, _ = q.shape
     if q.stride(1) < q.stride(2) and q.stride(3) == 1:
@@ -125,10 +125,10 @@ def _fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
 Find: TypeAlias = Callable[[str, Options, dict[str, MaybeTensor]], Any]
 
 
-def forward(given: Operands, options: Options, lse: MaybeTensor, find: Find = _find) -> Tensor:
+def forward(given: Operands, options: Options, lse: MaybeTensor, find: Find = find) -> Tensor:
     """The outputs; writes their log-sum-exps where there is a place for them."""
     q, k, v, mask, bias, sink = given
-    mask, out = _expanded(mask, q, k), _output(q, v)
+    mask, out = _expanded(mask, q, k), output(q, v)
     bias, sink = _whole_bias(bias, q), _whole_sink(sink, q)
     made = find("sdpa_fwd", options, {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "out": out})
     if made is not None:
@@ -144,7 +144,7 @@ def _addresses(*tensors: MaybeTensor) -> tuple[int, ...]:
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def gradients(dout: Tensor, dlse: MaybeTensor, *rest: Any, find: Find = _find) -> Gradients:
+def gradients(dout: Tensor, dlse: MaybeTensor, *rest: Any, find: Find = find) -> Gradients:
     """The gradients of all operands; those of mask, bias and sink where `wanted` says so, else empty."""
     given, out, lse, wanted, options = Operands(*rest[:6]), rest[6], rest[7], rest[8], Options(*rest[9:])
     q, k, v, mask, bias, sink = given
@@ -261,7 +261,7 @@ def _bwd_impl(dout: Tensor, dlse: MaybeTensor, *rest: Any) -> Gradients:
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _output(q, v), row_numbers(q)
+    return output(q, v), row_numbers(q)
 
 
 def _bwd_fake(dout: Tensor, dlse: MaybeTensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
