@@ -1,4 +1,4 @@
-"""Attention without mask, dropout and gradient, which csrc/eager answers: the bits of the way through Python, and what is left alone."""
+"""Attention without mask, dropout and gradient, which csrc/eager answers: the bits of Python's way, and what is left alone."""
 
 from __future__ import annotations
 
