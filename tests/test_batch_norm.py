@@ -74,10 +74,11 @@ def both(kind: str, training: bool, affine: bool, residual: bool, activation: st
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("training", [True, False])
 def test_agrees_with_torch(kind: str, training: bool) -> None:
+    before = fastconv.fallback_counts()
     for affine, residual, activation in itertools.product((True, False), (True, False), ("none", "relu", "gelu")):
         for mine, torchs in zip(*both(kind, training, affine, residual, activation), strict=True):
             torch.testing.assert_close(mine, torchs, rtol=1e-11, atol=1e-11)
-    assert fastconv.fallback_counts() == fastconv.fallback_counts()
+    assert fastconv.fallback_counts() == before
 
 
 @pytest.mark.parametrize("activation", ["relu6", "silu", "hardswish"])
@@ -148,6 +149,18 @@ def test_statistics_that_move_before_the_backward_pass() -> None:
     theirs_.sum().backward()
 
 
+def test_whole_numbers_for_momentum_and_eps() -> None:
+    """torch takes them, so they are no reason to leave the call to torch."""
+    found = []
+    with fastconv.observe() as records:
+        for call in (ours.batch_norm, F.batch_norm):
+            stats = channels("4d")[:2]
+            found.append([call(make("4d"), *stats, training=True, momentum=1, eps=1), *stats])
+    assert [record.op for record in records] == ["batch_norm_fwd"]
+    for mine, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-11, atol=1e-11)
+
+
 def test_large_means_do_not_cancel() -> None:
     """An average of squares less a square would keep no digit of a deviation of 0.01 around 3000."""
     x = 3000 + 0.01 * torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -203,6 +216,7 @@ def test_modules_train_as_torchs(kind: type[nn.Module], momentum: float | None, 
         (torch.ones(1, 3, 1, 1), None, None, None, None, True),
         (torch.ones(4, 3), None, None),
         (torch.ones(4, 3), torch.ones(2), torch.ones(3), None, None, True),
+        (torch.ones(4, 3), torch.ones(3), None, None, None, True),
         (torch.ones(4, 3), None, None, torch.ones(2), None, True),
         (torch.ones(4, 3), None, None, None, None, True, 0.1, 0.0),
         (torch.ones(4), None, None, None, None, True),

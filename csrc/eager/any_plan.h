@@ -1,6 +1,7 @@
 // One plan for any kind of problem, so that Python holds a single class, and the scratch memory that plans run in.
 #pragma once
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -68,16 +69,18 @@ class AnyPlan {
   void run(const Plan<Problem>& plan, const typename Problem::Args& args, void* workspace, void* stream) const {
     for (const Written& result : written_) {
       // Nobody can move the pages of a GPU's memory, and few results are so large that it matters.
-      if (result.bytes >= kHugePagesFrom && plan.device == kCpu) prefer_huge_pages(pointers(args)[result.operand], result.bytes);
+      if (result.bytes >= kHugePagesFrom && plan.device == kCpu) prefer_huge_pages(pointer(args, result.operand), result.bytes);
     }
     plan.kernel->run(plan.problem, args, {&plan.machine, workspace, plan.device, stream});
   }
 
   // Args are nothing but pointers.
   template <class Args>
-  static void* const* pointers(const Args& args) {
+  static void* pointer(const Args& args, int operand) {
     static_assert(sizeof(Args) % sizeof(void*) == 0);
-    return reinterpret_cast<void* const*>(&args);
+    void* found;
+    std::memcpy(&found, reinterpret_cast<const char*>(&args) + size_t(operand) * sizeof found, sizeof found);
+    return found;
   }
 
   AllWritten written_;

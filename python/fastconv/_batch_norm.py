@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,39 +50,36 @@ def batch_norm(
 
     Raises what torch raises, and RuntimeError or ValueError where residual or activation do not fit.
     """
+    call = _Call(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    more: dict[str, Any] = {"residual": residual, "activation": activation}
     if _dynamo():
-        return _theirs(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual=residual,
-            activation=activation,
-        )
-    tensors = {
-        "input": input,
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-        "residual": residual,
-    }
+        return _theirs(*call, **more)
+    tensors = call._asdict() | {"residual": residual}
+    for name in ("training", "momentum", "eps"):
+        del tensors[name]
     given = tuple(t for t in tensors.values() if t is not None)
-    args = input, running_mean, running_var, weight, bias, training, momentum, eps
     if has_torch_function_variadic(*given):
-        more: dict[str, Any] = {"residual": residual, "activation": activation}
-        return overridden(batch_norm, _theirs, given, *args, **more)  # type: ignore[no-any-return]
+        return overridden(batch_norm, _theirs, given, *call, **more)  # type: ignore[no-any-return]
     _check(input, residual, activation)
-    if _for_kernels(*args) and all(t.dtype is input.dtype for t in given):
+    if _for_kernels(call) and all(t.dtype is input.dtype for t in given):
         if not for_torch(_OP, tensors, False, _why_torch(given)):
-            return _apply(*args, residual, activation)
+            return _apply(call, residual, activation)
     elif isinstance(input, Tensor) and input.dtype not in DTYPES:
         for_torch(_OP, tensors, False)
-    return _theirs(*args, residual=residual, activation=activation)
+    return _theirs(*call, **more)
+
+
+class _Call(NamedTuple):
+    """The arguments of torch's function, in its order."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
 
 
 def _check(input: Any, residual: Any, activation: str) -> None:
@@ -111,50 +107,34 @@ def _why_torch(given: tuple[Tensor, ...]) -> str:
     return "" if all(map(plain, given)) else "an operand has no memory of its own"
 
 
-def _for_kernels(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any,
-    bias: Any,
-    training: Any,
-    momentum: Any,
-    eps: Any,
-) -> bool:
+def _for_kernels(call: _Call) -> bool:
     """Whether this is a call that torch would compute too, with something in it. What is not, torch refuses in its own words."""
-    if not isinstance(input, Tensor) or input.dim() < 2 or input.numel() == 0 or input.dtype not in DTYPES:
+    x: Any = call.input
+    if not isinstance(x, Tensor) or x.is_meta or x.dim() < 2 or x.numel() == 0 or x.dtype not in DTYPES:
         return False
-    if input.is_meta:
-        return False
-    C = input.shape[1]
-    for t in (running_mean, running_var, weight, bias):
+    C = x.shape[1]
+    columns: tuple[Any, ...] = call[1:5]
+    for t in columns:
         if t is not None and (not isinstance(t, Tensor) or t.shape != (C,)):
             return False
-    if (running_mean is None) != (running_var is None) or not isinstance(eps, float) or not isinstance(momentum, float):
+    numbers: tuple[Any, ...] = call.eps, call.momentum
+    if not all(isinstance(number, (int, float)) for number in numbers):
         return False
-    if training:
-        return eps > 0 and input.numel() > C
-    return eps >= 0 and running_mean is not None
+    if (call.running_mean is None) != (call.running_var is None):
+        return False
+    if call.training:
+        return call.eps > 0 and x.numel() > C
+    return call.eps >= 0 and call.running_mean is not None
 
 
-def _apply(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
+def _apply(call: _Call, residual: Tensor | None, activation: str) -> Tensor:
+    x, running_mean, running_var, weight, bias, training, momentum, eps = call
     fused, after = (activation, "none") if activation in ops.ACTIVATIONS else ("none", activation)
-    x = input
-    setting = ops.setting_of(x, training, residual is not None, fused, eps)
+    options = bool(training), residual is not None, fused, float(eps)
+    setting = ops.setting_of(x, *options)
     if setting is None:
         x = x.contiguous()
-        setting = ops.setting_of(x, training, residual is not None, fused, eps)
+        setting = ops.setting_of(x, *options)
         assert setting is not None
     mean, variance = running_mean, running_var
     if training:
@@ -165,30 +145,23 @@ def _apply(
     derive = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     if derive and not training:
         mean, variance = mean.clone(), variance.clone()  # a training step may move them before the backward pass
-    operands = x, residual, weight, bias, mean.contiguous(), variance.contiguous(), setting
-    y: Tensor = (ops.record if derive else ops.forward)(*operands)
-    if training and running_mean is not None and running_var is not None:
-        count = math.prod(x.shape) // x.shape[1]
-        # torch's own update does not count as a write either: a graph that was recorded before it stays valid.
-        with torch.no_grad():
-            running_mean.data.mul_(1 - momentum).add_(mean, alpha=momentum)
-            running_var.data.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
+    given = ops.Operands(x, residual, weight, bias, mean.contiguous(), variance.contiguous())
+    y: Tensor = ops.record(setting, *given) if derive else ops.forward(given, setting)
+    if training:
+        count = x.numel() // x.shape[1]
+        _move(running_mean, mean, momentum, 1.0)
+        _move(running_var, variance, momentum, count / (count - 1))
     return y if after == "none" else ACTIVATIONS[after](y)
 
 
-def _theirs(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    residual: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _move(running: Tensor | None, found: Tensor, momentum: float, factor: float) -> None:
+    """Towards factor·found. torch's own update does not count as a write either: a graph recorded before it stays valid."""
+    if running is not None:
+        with torch.no_grad():
+            running.data.mul_(1 - momentum).add_(found, alpha=momentum * factor)
+
+
+def _theirs(*call: Any, residual: Tensor | None = None, activation: str = "none", **named: Any) -> Tensor:
+    y: Tensor = F.batch_norm(*call, **named)
     y = y if residual is None else y + residual
     return y if activation == "none" else ACTIVATIONS[activation](y)

@@ -29,9 +29,10 @@ struct ChannelNumbers {
   FC_INLINE static ChannelNumbers take(Arena& arena, int64_t width) {
     return {arena.take<T>(width), arena.take<T>(width), arena.take<T>(width), arena.take<T>(width)};
   }
-  FC_INLINE void set(const BatchNormProblem& a, const BatchNormArgs& args, int64_t c, double mean_, double variance) const {
-    const double r = 1.0 / __builtin_sqrt(variance + a.eps);
-    mean[c] = T(mean_);
+  // From mean and variance as they are kept, so that forward and backward find the same sign in front of an activation.
+  FC_INLINE void read(const BatchNormProblem& a, const BatchNormArgs& args, int64_t c) const {
+    const double r = 1.0 / __builtin_sqrt(double(static_cast<const T*>(args.variance)[c]) + a.eps);
+    mean[c] = static_cast<const T*>(args.mean)[c];
     rstd[c] = T(r);
     scale[c] = T(args.gamma ? r * double(static_cast<const T*>(args.gamma)[c]) : r);
     beta[c] = args.beta ? static_cast<const T*>(args.beta)[c] : T(0);

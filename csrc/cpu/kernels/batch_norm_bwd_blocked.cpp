@@ -80,8 +80,8 @@ struct Scratch {
 };
 
 template <class T>
-FC_INLINE void read_moments(const BatchNormProblem& a, const BatchNormArgs& args, const Scratch<T>& scratch, int64_t c) {
-  scratch.numbers.set(a, args, c, double(static_cast<const T*>(args.mean)[c]), double(static_cast<const T*>(args.variance)[c]));
+FC_INLINE void start(const BatchNormProblem& a, const BatchNormArgs& args, const Scratch<T>& scratch, int64_t c) {
+  scratch.numbers.read(a, args, c);
   scratch.slope[c] = scratch.shift[c] = 0;
 }
 
@@ -118,7 +118,7 @@ FC_INLINE void input_gradient(const BatchNormProblem& a, const BatchNormArgs& ar
 
 template <Activation A, class T>
 void run_last(const BatchNormProblem& a, const BatchNormArgs& args, const Context& context, const Scratch<T>& scratch) {
-  for (int64_t c = 0; c < a.C; ++c) read_moments(a, args, scratch, c);
+  for (int64_t c = 0; c < a.C; ++c) start(a, args, scratch, c);
   const EvenSplit blocks = batch_norm_blocks(a, sizeof(T));
   const auto of_block = [&](int64_t block) { return scratch.blocks + block * 2 * scratch.width; };
   if (needs_sums(a, args)) {
@@ -149,7 +149,7 @@ void run_first(const BatchNormProblem& a, const BatchNormArgs& args, const Conte
   const EvenSplit blocks = batch_norm_blocks(a, sizeof(T));
   parallel_ranges(context, a.C, [&](int, int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      read_moments(a, args, scratch, c);
+      start(a, args, scratch, c);
       if (needs_sums(a, args)) {
         const Gradient<false, A, T> term(args, scratch.numbers);
         Sums sums{0, 0};

@@ -73,19 +73,13 @@ struct Scratch {
   }
 };
 
-// As they are kept, so that backward finds the same sign in front of an activation.
-template <class T>
-FC_INLINE void read_moments(const BatchNormProblem& a, const BatchNormArgs& args, int64_t c, const ChannelNumbers<T>& numbers) {
-  numbers.set(a, args, c, double(static_cast<const T*>(args.mean)[c]), double(static_cast<const T*>(args.variance)[c]));
-}
-
 template <class T>
 FC_INLINE void finish(const BatchNormProblem& a, const BatchNormArgs& args, int64_t c, const Moments& found,
                       const ChannelNumbers<T>& numbers) {
   const double variance = found.squares > 0 || found.squares != found.squares ? found.squares / (double(a.N) * double(a.P)) : 0;
   static_cast<T*>(args.mean)[c] = T(found.mean);
   static_cast<T*>(args.variance)[c] = T(variance);
-  read_moments(a, args, c, numbers);
+  numbers.read(a, args, c);
 }
 
 template <bool Last, Activation A, class T>
@@ -125,7 +119,7 @@ void run_last(const BatchNormProblem& a, const BatchNormArgs& args, const Contex
   if (a.training) {
     all_moments(a, args, context, scratch);
   } else {
-    for (int64_t c = 0; c < a.C; ++c) read_moments(a, args, c, scratch.numbers);
+    for (int64_t c = 0; c < a.C; ++c) scratch.numbers.read(a, args, c);
   }
   const EvenSplit blocks = batch_norm_blocks(a, sizeof(T));
   parallel_ranges(context, blocks.parts, [&](int, int64_t begin, int64_t end) {
@@ -151,7 +145,7 @@ void run_first(const BatchNormProblem& a, const BatchNormArgs& args, const Conte
         }
         finish(a, args, c, moments, scratch.numbers);
       } else {
-        read_moments(a, args, c, scratch.numbers);
+        scratch.numbers.read(a, args, c);
       }
       normalise<false, A>(a, args, scratch.numbers, c, 0, a.N);
     }

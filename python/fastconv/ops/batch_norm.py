@@ -25,6 +25,17 @@ MaybeTensor = Tensor | None
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
 
 
+class Operands(NamedTuple):
+    """Of one call; what may be absent is None."""
+
+    x: Tensor
+    residual: MaybeTensor
+    weight: MaybeTensor
+    bias: MaybeTensor
+    mean: Tensor
+    variance: Tensor
+
+
 class Setting(NamedTuple):
     """What does not change from call to call: (N, C, P) as the kernels see it, and the options."""
 
@@ -75,64 +86,37 @@ def _execute(op: str, setting: Setting, dtype: torch.dtype, *addresses: int) -> 
         made.execute(*addresses)
 
 
-def forward(
-    x: Tensor,
-    residual: MaybeTensor,
-    weight: MaybeTensor,
-    bias: MaybeTensor,
-    mean: Tensor,
-    variance: Tensor,
-    setting: Setting,
-) -> Tensor:
+def forward(given: Operands, setting: Setting) -> Tensor:
     """y of x, which lies as `setting` says. In training, mean and variance (C) are written, else they are read."""
-    y = torch.empty_like(x)
-    operands = (x, _like(residual, x), weight, bias, mean, variance, y)
-    _execute("batch_norm_fwd", setting, x.dtype, *map(_address, operands), 0, 0, 0, 0, 0)
+    y = torch.empty_like(given.x)
+    operands = (*given._replace(residual=_like(given.residual, given.x)), y)
+    _execute("batch_norm_fwd", setting, y.dtype, *map(_address, operands), 0, 0, 0, 0, 0)
     return y
 
 
 class _BatchNorm(Function):
+    """The setting and the operands, one after the other, to y."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: MaybeTensor,
-        weight: MaybeTensor,
-        bias: MaybeTensor,
-        mean: Tensor,
-        variance: Tensor,
-        setting: Setting,
-    ) -> Tensor:
-        y = forward(x, residual, weight, bias, mean, variance, setting)
+    def forward(ctx: Any, setting: Setting, *tensors: Any) -> Tensor:
+        given = Operands(*tensors)
+        y = forward(given, setting)
         ctx.setting = setting
-        ctx.residual_strides = None if residual is None else residual.stride()
-        ctx.save_for_backward(x, None if setting.activation == "none" else residual, weight, bias, mean, variance)
+        # Only an activation's slope asks for what was added.
+        ctx.save_for_backward(*(given._replace(residual=None) if setting.activation == "none" else given))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, residual, weight, bias, mean, variance = ctx.saved_tensors
-        setting, wants = ctx.setting, ctx.needs_input_grad[:4]
-        recorded = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (dy, x, residual, weight, bias)
-        )
-        if recorded or not plain(dy):
-            return *_composed_gradients(dy, x, residual, weight, bias, mean, variance, setting, wants), None, None, None
-        return *_gradients(dy, x, residual, weight, bias, mean, variance, setting, wants), None, None, None
+        given = Operands(*ctx.saved_tensors)
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, *given))
+        gradients = _composed_gradients if recorded or not plain(dy) else _gradients
+        return None, *gradients(dy, given, ctx.setting, ctx.needs_input_grad[1:5]), None, None
 
 
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    residual: MaybeTensor,
-    weight: MaybeTensor,
-    bias: MaybeTensor,
-    mean: Tensor,
-    variance: Tensor,
-    setting: Setting,
-    wants: tuple[bool, ...],
-) -> list[MaybeTensor]:
+def _gradients(dy: Tensor, given: Operands, setting: Setting, wants: tuple[bool, ...]) -> list[MaybeTensor]:
     """Of x, residual, weight and bias, where they are wanted."""
+    x = given.x
     dy = _like(dy, x)  # type: ignore[assignment]
     # Without an activation, the gradient of what is added is dy itself.
     through = setting.activation == "none"
@@ -143,41 +127,29 @@ def _gradients(
         x.new_empty(setting.shape[1]) if wants[3] else None,
     ]
     if any(t is not None for t in out):
-        operands = (x, _like(residual, x), weight, bias, mean, variance, None, dy, *out)
+        operands = (*given._replace(residual=_like(given.residual, x)), None, dy, *out)
         _execute("batch_norm_bwd", setting, x.dtype, *map(_address, operands))
     if wants[1] and through:
         out[1] = dy
     return out
 
 
-def _composed_gradients(
-    dy: Tensor,
-    x: Tensor,
-    residual: MaybeTensor,
-    weight: MaybeTensor,
-    bias: MaybeTensor,
-    mean: Tensor,
-    variance: Tensor,
-    setting: Setting,
-    wants: tuple[bool, ...],
-) -> list[MaybeTensor]:
+def _composed_gradients(dy: Tensor, given: Operands, setting: Setting, wants: tuple[bool, ...]) -> list[MaybeTensor]:
     """The same of torch's operations, where the gradient is differentiated itself, or batched."""
-    inputs: list[MaybeTensor] = [x, residual, weight, bias]
+    x, residual, weight, bias, mean, variance = given
     out: list[MaybeTensor] = [None] * 4
     if setting.activation == "none" and wants[1]:
         out[1] = dy
-    chosen_ones = [i for i, t in enumerate(inputs) if wants[i] and t is not None]
-    if chosen_ones:
+    places = [i for i, t in enumerate(given[:4]) if wants[i] and t is not None]
+    if places:
+        stats: list[Any] = [None, None] if setting.training else [mean, variance]
         with torch.enable_grad():
-            given = not setting.training
-            y = F.batch_norm(
-                x, mean if given else None, variance if given else None, weight, bias, not given, 0.0, setting.eps
-            )
+            y = F.batch_norm(x, stats[0], stats[1], weight, bias, setting.training, 0.0, setting.eps)
             y = y if residual is None else y + residual
             y = y if setting.activation == "none" else EVERY_ACTIVATION[setting.activation](y)
-        leaves = [inputs[i] for i in chosen_ones]
+        leaves = [given[i] for i in places]
         found = torch.autograd.grad(y, leaves, dy, create_graph=torch.is_grad_enabled())  # type: ignore[arg-type]
-        for i, t in zip(chosen_ones, found):
+        for i, t in zip(places, found):
             out[i] = t
     return out
 
