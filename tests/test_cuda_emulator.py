@@ -84,6 +84,25 @@ def test_tensor_core_tiles(emulated: emulator.Emulator, name: str) -> None:
         harness.check(name, parse(case), fill.integers, exact=".f32." in name, place="low")
 
 
+# torch's default strides of (rows, features, 1, 1), which a linear layer has: those of a size of 1 say nothing.
+@pytest.mark.parametrize("op", ["conv2d_fwd", "conv2d_wgrad"])
+def test_a_linear_layer_comes_by_asynchronous_copies(emulated: emulator.Emulator, op: str) -> None:
+    x, w, y = np.zeros((3, 72, 64), np.uint16)
+    workspace = np.zeros(1 << 20, np.uint8)
+    started = []
+    for single in (1, 64):
+        images = {"N": 72, "C": 64, "H": 1, "W": 1, "K": 64, "R": 1, "S": 1, "P": 1, "Q": 1, "groups": 1}
+        strides = {"x": (64, 1, single, single), "w": (4096, 64, 1, single, single), "y": (64, 1, single, single)}
+        problem = emulated.Conv2dProblem(
+            dtype="bf16", **images, **strides, stride=(1, 1), pad=(0, 0), dilation=(1, 1), bias=False
+        )
+        plan = emulated.plan(op, problem, 1, f"{op}.implicit_gemm.bf16.sm80")
+        assert plan.workspace <= workspace.nbytes
+        plan.run_conv2d(x.ctypes.data, w.ctypes.data, 0, 0, y.ctypes.data, 0, workspace.ctypes.data)
+        started.append(emulated.copies)
+    assert started[0] == started[1] > 0
+
+
 @pytest.mark.parametrize("name", F32)
 def test_integers_are_exact(emulated: emulator.Emulator, name: str) -> None:
     if "avg" in name:
@@ -206,6 +225,14 @@ MUTANTS = {
         "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
         "    __syncthreads();  // everybody's part",
         "    // everybody's part",
+        "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
+    ),
+    # Only a copy that lands at once, in the slice that a slower warp still multiplies, shows it.
+    "a slice that is brought before the barrier": (
+        "csrc/cuda/kernels/conv2d_fwd_implicit_gemm.cu",
+        "    __syncthreads();  // everybody's part of this slice is there, and the slice before it has been multiplied\n",
+        "    if (step + kStages - 1 < steps) operands.bring(shared.stages[(step + kStages - 1) % kStages], step + kStages - 1);\n"
+        "    __syncthreads();\n    if (true) {\n    } else\n  ",
         "conv2d_fwd.implicit_gemm.bf16 n1c64h7w7k33r3s3u1p1d1g1-nhwc",
     ),
     "filters that are not rounded to tf32": (

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <random>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -47,6 +48,8 @@ namespace {
 
 // ASan's red zones make frames several times larger.
 constexpr size_t kStack = 256 << 10;
+// As long as a warp takes to multiply a slice and more: 44 collective instructions in conv2d_fwd.implicit_gemm.
+constexpr unsigned kRoundsAsleep = 64;
 
 // --- switching stacks
 
@@ -97,6 +100,7 @@ Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
 std::string error;
 std::mt19937_64 lots;
+uint64_t copies = 0;
 
 #if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_stack = nullptr;
@@ -183,6 +187,15 @@ bool release(size_t begin, size_t end, State state) {
   fail("deadlock: " + describe(first) + ", like all others");
 }
 
+// The threads that run in the next rounds: those of every warp, or of a drawn half of them.
+void choose_order(std::vector<unsigned>& order, unsigned threads) {
+  const uint64_t asleep = lots() % 2 ? lots() : 0;
+  order.clear();
+  for (unsigned i = 0; i < threads; ++i) {
+    if (!(asleep >> (i / kWarp % 64) & 1)) order.push_back(i);
+  }
+}
+
 void run_block(unsigned block, unsigned blocks, unsigned threads, void* shared, std::vector<Lane>& lanes) {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
@@ -190,9 +203,10 @@ void run_block(unsigned block, unsigned blocks, unsigned threads, void* shared, 
     fiber.state = State::ready;
     fiber.stack.start(stack_of(fiber), fiber_main);
   }
-  std::vector<unsigned> order(threads);
-  for (unsigned i = 0; i < threads; ++i) order[i] = i;
-  for (;;) {
+  std::vector<unsigned> order;
+  for (unsigned round = 0;; ++round) {
+    // For some rounds only some of the warps run, unless nobody else can: warps are in step on no GPU.
+    if (round % kRoundsAsleep == 0) choose_order(order, threads);
     std::shuffle(order.begin(), order.end(), lots);
     bool moved = false, alive = false;
     for (const unsigned i : order) {
@@ -207,7 +221,10 @@ void run_block(unsigned block, unsigned blocks, unsigned threads, void* shared, 
       if (fibers[warp].state == State::at_collective) moved |= release(warp, warp + kWarp, State::at_collective);
     }
     if (fibers[0].state == State::at_barrier) moved |= release(0, threads, State::at_barrier);
-    if (!moved) report_deadlock(threads);
+    if (moved) continue;
+    if (order.size() == threads) report_deadlock(threads);
+    order.resize(threads);
+    std::iota(order.begin(), order.end(), 0u);
   }
 }
 
@@ -219,7 +236,17 @@ void wait_for_block(Site site) { wait(State::at_barrier, site); }
 
 void wait_for_warp(Site site) { wait(State::at_collective, site); }
 
-void set_seed(uint64_t seed) { lots.seed(seed); }
+void set_seed(uint64_t seed) {
+  lots.seed(seed);
+  copies = 0;
+}
+
+bool draw_early() {
+  ++copies;
+  return lots() % 2;
+}
+
+uint64_t copies_started() { return copies; }
 
 void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % kWarp != 0) fail("a block of " + std::to_string(threads) + " threads, which is no multiple of 32");

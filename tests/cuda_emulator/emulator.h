@@ -1,8 +1,9 @@
 // The CUDA execution model on one CPU thread: what a kernel sees of it.
 //
 // A block's threads are fibers. A fiber runs until it reaches a barrier or an instruction that the lanes of a warp execute
-// together; who runs next is drawn by lot, so a kernel that forgot a barrier meets memory that nobody has written yet. Shared
-// memory starts as 0xFF bytes, which are NaN in every floating-point format.
+// together; who runs next is drawn by lot, so a kernel that forgot a barrier meets memory that nobody has written yet, and so is
+// which warps stand still for a while, so that others overtake them. Shared memory starts as 0xFF bytes, which are NaN in every
+// floating-point format.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,7 @@ struct Index {
 struct AsyncCopy {
   void* to;
   const void* from;
-  bool exists;
+  bool exists, landed;
 };
 
 struct Thread {
@@ -83,5 +84,11 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std:
 
 // Which lots are drawn from now on.
 void set_seed(uint64_t seed);
+
+// Whether a copy that is started now lands at once. Counts it.
+bool draw_early();
+
+// Asynchronous copies started since the last call of set_seed: those that move something tell which way a kernel took.
+uint64_t copies_started();
 
 }  // namespace emulator

@@ -76,6 +76,9 @@ const char* emulator_reject(int i, const void* problem) { return kRows[i].reject
 double emulator_cost(int i, const void* problem) { return kRows[i].cost(kRows[i].kernel, problem); }
 int64_t emulator_workspace(int i, const void* problem) { return kRows[i].workspace(kRows[i].kernel, problem); }
 
+// Of the last run.
+uint64_t emulator_copies() { return emulator::copies_started(); }
+
 // The sizes that the caller's structures must have.
 int64_t emulator_size(const char* name) {
   const std::string s = name;

@@ -7,16 +7,28 @@
 
 namespace emulator {
 
-// The copies of all closed groups but the last `pending` land only now: a thread that does not wait reads what was there before.
+inline void land(const AsyncCopy& copy) {
+  if (copy.exists) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
+
+// A copy may land at once, over what another thread still reads, or as late as when it is waited for: drawn by lot.
+inline void start_copy(void* to, const void* from, bool exists) {
+  AsyncCopy copy = {to, from, exists, draw_early()};
+  if (copy.landed) land(copy);
+  self().copies.back().push_back(copy);
+}
+
+// The copies of all closed groups but the last `pending` land now, if they have not: a thread that does not wait may read what
+// was there before.
 inline void finish_copies(int pending) {
   auto& groups = self().copies;
   while (int(groups.size()) - 1 > pending) {
     for (const AsyncCopy& copy : groups.front()) {
-      if (copy.exists) {
-        std::memcpy(copy.to, copy.from, 16);
-      } else {
-        std::memset(copy.to, 0, 16);
-      }
+      if (!copy.landed) land(copy);
     }
     groups.erase(groups.begin());
   }

@@ -34,8 +34,8 @@ struct AttentionCall {
 
 template <class T>
 AttentionCall attention_call(const SdpaProblem& a, const SdpaArgs& args) {
-  const auto packs = [](const void* p, const SdpaStride& s, int64_t features) {
-    return s.d == 1 && features % kWide<T> == 0 && packs_fit<T>(p, {s.b, s.h, s.l});
+  const auto packs = [&](const void* p, const SdpaStride& s, int64_t heads, int64_t length, int64_t features) {
+    return s.d == 1 && features % kWide<T> == 0 && packs_fit<T>(p, {{a.B, s.b}, {heads, s.h}, {length, s.l}});
   };
   AttentionCall t{};
   t.a = a, t.args = args;
@@ -47,8 +47,9 @@ AttentionCall attention_call(const SdpaProblem& a, const SdpaArgs& args) {
   t.keep = a.dropout.p < 1 ? float(1 / (1 - a.dropout.p)) : 0;
   t.threshold = dropout_threshold(a.dropout.p);
   t.altered = a.mask_kind != MaskKind::none || a.bias.given || a.softcap != 0;
-  t.packs_q = packs(args.q, a.q, a.D), t.packs_k = packs(args.k, a.k, a.D), t.packs_v = packs(args.v, a.v, a.Dv);
-  t.packs_dout = args.dout && packs(args.dout, a.dout, a.Dv);
+  t.packs_q = packs(args.q, a.q, a.Hq, a.Lq, a.D);
+  t.packs_k = packs(args.k, a.k, a.Hkv, a.Lkv, a.D), t.packs_v = packs(args.v, a.v, a.Hkv, a.Lkv, a.Dv);
+  t.packs_dout = args.dout && packs(args.dout, a.dout, a.Hq, a.Lq, a.Dv);
   return t;
 }
 

@@ -11,7 +11,7 @@ namespace fastconv::sm80 {
 // Starts to copy 16 bytes, or to write 16 zero bytes where they do not exist; then `from` is not read, but must be an address.
 FC_DEVICE void copy_async(void* to, const void* from, bool exists) {
 #ifdef FASTCONV_EMULATED
-  ::emulator::self().copies.back().push_back({to, from, exists});
+  ::emulator::start_copy(to, from, exists);
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from),
                "r"(exists ? 16 : 0)

@@ -46,11 +46,17 @@ FC_DEVICE void store_pack(T* p, const Pack<T, kCount>& pack) {
   *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
 }
 
-// Whether packs of kWide<T> may start at every multiple of `step` elements from p.
+// A dimension of a tensor. Nobody takes a step where the size is 1, so its stride says nothing: torch gives a row of C numbers,
+// as a 1x1 image in its default format, the strides (C, 1, 1, 1).
+struct Dimension {
+  int64_t size, stride;
+};
+
+// Whether packs of kWide<T> may start at every element of these dimensions, the first of which is at p.
 template <class T>
-bool packs_fit(const void* p, std::initializer_list<int64_t> steps) {
+bool packs_fit(const void* p, std::initializer_list<Dimension> dimensions) {
   bool fit = reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  for (const int64_t step : steps) fit = fit && step % kWide<T> == 0;
+  for (const Dimension& d : dimensions) fit = fit && (d.size == 1 || d.stride % kWide<T> == 0);
   return fit;
 }
 

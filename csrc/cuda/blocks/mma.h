@@ -11,6 +11,7 @@
 // All 32 lanes call these together.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/blocks/element.h"
@@ -43,11 +44,19 @@ FC_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
+// The bits of four bytes. A copy and not another type's pointer, behind which the compiler need not see the write.
+template <class T>
+FC_DEVICE uint32_t word_of(const T& value) {
+  static_assert(sizeof(T) == 4);
+  uint32_t word;
+  memcpy(&word, &value, sizeof word);
+  return word;
+}
+
 // Two neighbours of a fragment, the first one in the lower half.
 template <class T>
 FC_DEVICE uint32_t pair_of(float low, float high) {
-  const Pack<T, 2> pair = {{from_float<T>(low), from_float<T>(high)}};
-  return reinterpret_cast<const uint32_t&>(pair);
+  return word_of(Pack<T, 2>{{from_float<T>(low), from_float<T>(high)}});
 }
 
 // Products of two numbers rounded to tf32 are off by 2^-10 of themselves, where a plain sum in fp32 may be off by 4 eps = 2^-21

@@ -16,8 +16,8 @@ inline int64_t pool_blocks(uint32_t count) { return (int64_t(count) + kPoolThrea
 // Whether a thread may own kWide<T> channels: they are neighbours in x and y, and every pack is aligned.
 template <class T>
 bool pool_is_wide(const Pool2dProblem& a, const Pool2dArgs& args) {
-  return a.x.c == 1 && a.y.c == 1 && a.C % kWide<T> == 0 && packs_fit<T>(args.x, {a.x.n, a.x.h, a.x.w}) &&
-         packs_fit<T>(args.y, {a.y.n, a.y.h, a.y.w});
+  return a.x.c == 1 && a.y.c == 1 && a.C % kWide<T> == 0 && packs_fit<T>(args.x, {{a.N, a.x.n}, {a.H, a.x.h}, {a.W, a.x.w}}) &&
+         packs_fit<T>(args.y, {{a.N, a.y.n}, {a.P, a.y.h}, {a.Q, a.y.w}});
 }
 
 inline const char* pool_reject(const Pool2dProblem& a) {

@@ -78,7 +78,8 @@ void start(const Conv2dProblem& a, const Conv2dArgs& args, const Context& contex
 template <class T>
 bool is_wide(const Conv2dProblem& a, const Conv2dArgs& args) {
   return a.C == a.groups && a.K == a.groups && a.x.c == 1 && a.y.c == 1 && a.C % kWide<T> == 0 &&
-         packs_fit<T>(args.x, {a.x.n, a.x.h, a.x.w}) && packs_fit<T>(args.y, {a.y.n, a.y.h, a.y.w});
+         packs_fit<T>(args.x, {{a.N, a.x.n}, {a.H, a.x.h}, {a.W, a.x.w}}) &&
+         packs_fit<T>(args.y, {{a.N, a.y.n}, {a.P, a.y.h}, {a.Q, a.y.w}});
 }
 
 template <class T>

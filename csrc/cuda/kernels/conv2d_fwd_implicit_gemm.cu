@@ -189,8 +189,9 @@ bool whole_chunks(const Conv2dProblem& a) {
 
 template <class T>
 void run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
-  const bool x_fits = whole_chunks<T>(a) && a.x.c == 1 && packs_fit<T>(args.x, {a.x.n, a.x.h, a.x.w});
-  const bool w_fits = whole_chunks<T>(a) && a.w.c == 1 && packs_fit<T>(args.w, {a.w.g, a.w.k, a.w.r, a.w.s});
+  const bool x_fits = whole_chunks<T>(a) && a.x.c == 1 && packs_fit<T>(args.x, {{a.N, a.x.n}, {a.H, a.x.h}, {a.W, a.x.w}});
+  const bool w_fits = whole_chunks<T>(a) && a.w.c == 1 &&
+                      packs_fit<T>(args.w, {{a.groups, a.w.g}, {a.K / a.groups, a.w.k}, {a.R, a.w.r}, {a.S, a.w.s}});
   (x_fits && w_fits ? start<T, true, true> : x_fits ? start<T, true, false> : start<T, false, false>)(a, args, context);
 }
 

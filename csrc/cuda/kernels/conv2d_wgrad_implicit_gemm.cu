@@ -150,7 +150,7 @@ FC_DEVICE void load_fragment(uint32_t (&r)[4], const T* rows, int k, int first) 
     FC_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int row = k + lane % 4 + (kOfA ? i / 2 : i % 2) * 4, column = first + lane / 4 + (kOfA ? i % 2 : i / 2) * 8;
-      r[i] = reinterpret_cast<const uint32_t&>(rows[swizzled<T, kChunks>(row, column / 4) + column % 4]);
+      r[i] = word_of(rows[swizzled<T, kChunks>(row, column / 4) + column % 4]);
       round_operand<T>(r[i]);
     }
   } else {
@@ -161,7 +161,12 @@ FC_DEVICE void load_fragment(uint32_t (&r)[4], const T* rows, int k, int first) 
 
 template <class T>
 FC_DEVICE void multiply(const Stage<T>& stage, int warp_m, int warp_n, bool with_ones, Sums& sums) {
-  const uint32_t one = sizeof(T) == 4 ? 0x3F800000u : pair_of<T>(1, 1);
+  uint32_t one;
+  if constexpr (sizeof(T) == 4) {
+    one = word_of(1.0f);
+  } else {
+    one = pair_of<T>(1, 1);
+  }
   FC_UNROLL
   for (int k = 0; k < kDepth<T>; k += 32 / int(sizeof(T))) {
     uint32_t y[kWarpM / 16][4], x[kWarpN / 16][4];
@@ -270,8 +275,8 @@ bool whole_chunks_y(const Conv2dProblem& a) {
 
 template <class T>
 void run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
-  const bool x_fits = whole_chunks_x<T>(a) && packs_fit<T>(args.x, {a.x.n, a.x.h, a.x.w});
-  const bool y_fits = whole_chunks_y<T>(a) && packs_fit<T>(args.y, {a.y.n, a.y.h, a.y.w});
+  const bool x_fits = whole_chunks_x<T>(a) && packs_fit<T>(args.x, {{a.N, a.x.n}, {a.H, a.x.h}, {a.W, a.x.w}});
+  const bool y_fits = whole_chunks_y<T>(a) && packs_fit<T>(args.y, {{a.N, a.y.n}, {a.P, a.y.h}, {a.Q, a.y.w}});
   (x_fits && y_fits ? start<T, true, true> : y_fits ? start<T, false, true> : start<T, false, false>)(a, args, context);
 }
 

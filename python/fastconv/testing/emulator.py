@@ -188,7 +188,7 @@ class Emulator:
         self.seed = seed
         for name, result in (
             ("name", ctypes.c_char_p), ("reject", ctypes.c_char_p), ("run", ctypes.c_char_p), ("cost", ctypes.c_double),
-            ("growth", ctypes.c_double), ("workspace", _i64), ("size", _i64),
+            ("growth", ctypes.c_double), ("workspace", _i64), ("size", _i64), ("copies", ctypes.c_uint64),
         ):  # fmt: skip
             getattr(self.library, f"emulator_{name}").restype = result
         self.library.emulator_run.argtypes = (ctypes.c_int, *(ctypes.c_void_p,) * 3, ctypes.c_uint64)
@@ -199,6 +199,11 @@ class Emulator:
                     f"{structure.__name__} is not laid out as core/problem.h's {problem.decode()} problem"
                 )
         self.names: list[str] = [self.library.emulator_name(i).decode() for i in range(self.library.emulator_count())]
+
+    @property
+    def copies(self) -> int:
+        """Asynchronous copies of 16 bytes that the last run started: none where operands are gathered element by element."""
+        return int(self.library.emulator_copies())
 
     def kernels(self) -> list[Any]:
         fields = ("op", "algorithm", "dtype", "target")
