@@ -1,7 +1,7 @@
 # Looks for a CUDA toolkit, adds the CUDA kernels where there is one, and never fails a build over it.
 #
 #   FASTCONV_CUDA                AUTO: use a toolkit if there is one · ON: warn if there is none · OFF: do not look
-#   FASTCONV_CUDA_ARCHITECTURES  what the kernels are compiled for: the PTX of the first, and machine code of each from it
+#   FASTCONV_CUDA_ARCHITECTURES  what the kernels are compiled for: the PTX of the least, and machine code of each from it
 #   FASTCONV_CUDA_VERSION        the toolkit's version, e.g. 13.0, or empty
 #   FASTCONV_CUDA_REASON         why this build holds no CUDA kernel, for build_info(); empty if it holds some
 
@@ -64,7 +64,11 @@ if(FASTCONV_CUDA_VERSION)
   set(CMAKE_CUDA_COMPILER "${FASTCONV_NVCC}")
   string(REGEX REPLACE "[^0-9;]" "" architectures "${FASTCONV_CUDA_ARCHITECTURES}")
   list(REMOVE_DUPLICATES architectures)
+  list(SORT architectures COMPARE NATURAL)
   list(GET architectures 0 first)
+  if(first LESS 80)
+    message(FATAL_ERROR "FASTCONV_CUDA_ARCHITECTURES: got ${first}, expected 80 or later")
+  endif()
   set(CMAKE_CUDA_ARCHITECTURES "${first}")
   list(JOIN architectures ",sm_" codes)
   set(FASTCONV_CUDA_CODE "--gpu-architecture=compute_${first};--gpu-code=compute_${first},sm_${codes}")

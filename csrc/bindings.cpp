@@ -6,6 +6,7 @@
 #include <array>
 #include <optional>
 
+#include "core/gpu.h"
 #include "core/machine_info.h"
 #include "core/parallel.h"
 #include "core/peak.h"
@@ -117,17 +118,27 @@ py::list explain(const std::string& op, const Problem& problem, const std::strin
 }
 
 py::list kernels() {
-  py::object info = py::module_::import("types").attr("SimpleNamespace");
   py::list list;
-  for (const Row& row : rows()) {
-    const std::string why_not = why_not_runnable(row);
-    const float error_growth = std::visit([](const auto* kernel) { return kernel->error_growth; }, row.kernel);
-    using namespace py::literals;
-    list.append(info("name"_a = row.name, "op"_a = row.op, "algorithm"_a = row.algorithm, "dtype"_a = row.dtype,
-                     "target"_a = row.target, "runnable"_a = why_not.empty(), "why_not"_a = why_not,
-                     "error_growth"_a = error_growth));
-  }
+  for (const Row& row : rows()) list.append(py::cast(&row, py::return_value_policy::reference));
   return list;
+}
+
+// Whether a kernel runs here is asked when somebody wants to know: the answer about a GPU's starts the driver.
+void bind_rows(py::module_& m) {
+  py::class_<Row>(m, "KernelInfo")
+      .def_readonly("name", &Row::name)
+      .def_readonly("op", &Row::op)
+      .def_readonly("algorithm", &Row::algorithm)
+      .def_readonly("dtype", &Row::dtype)
+      .def_readonly("target", &Row::target)
+      .def_property_readonly(
+          "error_growth",
+          [](const Row& row) { return std::visit([](const auto* kernel) { return kernel->error_growth; }, row.kernel); })
+      .def_property_readonly("why_not", [](const Row& row) { return why_not_runnable(row); })
+      .def_property_readonly("runnable", [](const Row& row) { return why_not_runnable(row).empty(); })
+      .def("__repr__", [](const Row& row) { return "<kernel " + row.name + ">"; });
+  m.def("why_not_on_gpu", &why_not_on_gpu, py::arg("device"));
+  m.def("why_not_capability", &why_not_capability, py::arg("major"), py::arg("minor"), py::arg("built"));
 }
 
 py::dict machine() {
@@ -292,6 +303,7 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   watch_forks();
+  bind_rows(m);
   bind_problems(m);
   bind_selection<Conv2dProblem>(m);
   bind_selection<Pool2dProblem>(m);

@@ -5,9 +5,11 @@ test_kernels, test_memory, test_bits, test_acceptance, test_harness, test_refere
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,6 +30,17 @@ def cuda_cache(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def cuda_library(cuda_cache: Path) -> Path:
     return emulator.build(ROOT, cuda_cache, sanitize=SANITIZE)
+
+
+@pytest.fixture(scope="session")
+def fake_cuda() -> ModuleType:
+    """The module beside this file: tests/ is not on sys.path, and some tests have no torch."""
+    spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).with_name("fake_cuda.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

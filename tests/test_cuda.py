@@ -1,10 +1,10 @@
-"""fastconv.cuda: on the emulated kernels with CPU tensors in the place of CUDA's, and for real where there is a GPU."""
+"""fastconv.cuda: on the emulated kernels with stand-ins for CUDA tensors (fake_cuda.py), and for real where there is a GPU."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastconv
-from fastconv import _cuda_calls, cuda, plan
+from fastconv import cuda, plan
 from fastconv.cli import main
 from fastconv.testing import emulator
 
-ROOT = Path(__file__).resolve().parents[1]
 GPU = any(kernel.target == "sm80" and kernel.runnable for kernel in fastconv.kernels()) and torch.cuda.is_available()
 DEVICES = [
     pytest.param("emulated", marks=pytest.mark.skipif(emulator.compiler() is None, reason="needs a host compiler")),
@@ -25,23 +24,23 @@ DEVICES = [
 ]
 
 
+Device = Callable[[Tensor], Tensor]
+
+
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "emulated":
-        assert request.config.cache is not None
-        library = emulator.build(ROOT, Path(request.config.cache.mkdir("cuda_emulator")))
-        monkeypatch.setattr(plan, "_C", emulator.Emulator(library))
-        monkeypatch.setattr(_cuda_calls, "device", lambda op, tensors: 0)
-        monkeypatch.setattr(_cuda_calls, "stream", lambda device: 0)
+def device(request: pytest.FixtureRequest, fake_cuda: ModuleType) -> Iterator[Device]:
+    """What brings a tensor there."""
     # Neither side rounds float32 to tf32 but where a test asks for it.
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     for layer in ("conv", "linear"):
         allow_tf32(layer, False)
-    _cuda_calls.planned.cache_clear()
-    yield "cpu" if request.param == "emulated" else "cuda"
+    if request.param == "emulated":
+        with fake_cuda.device(emulator.Emulator(request.getfixturevalue("cuda_library"))):
+            yield fake_cuda.FakeCuda
+    else:
+        yield Tensor.cuda
     for layer, allowed in zip(("conv", "linear"), before):
         allow_tf32(layer, allowed)
-    _cuda_calls.planned.cache_clear()
 
 
 def allow_tf32(layer: str, allowed: bool) -> None:
@@ -52,28 +51,33 @@ def allow_tf32(layer: str, allowed: bool) -> None:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def operand(device: str, *shape: int, last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    t = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
-    return t.to(
-        memory_format=torch.channels_last if last and t.dim() == 4 else torch.contiguous_format
-    ).requires_grad_()
+def operand(device: Device, *shape: int, last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    t = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+    memory_format = torch.channels_last if last and t.dim() == 4 else torch.contiguous_format
+    return device(t.to(memory_format=memory_format)).requires_grad_()
+
+
+def here(t: Tensor) -> Tensor:
+    """On the CPU."""
+    t = t.detach()
+    return getattr(t, "held", t).cpu()
 
 
 def compare(ours: Tensor, theirs: Tensor, leaves: list[Tensor], dtype: torch.dtype) -> None:
     """Values, memory formats and gradients, with float64's answer as the truth."""
     tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
-    torch.testing.assert_close(ours.double(), theirs, **tolerance)
+    torch.testing.assert_close(here(ours.double()), here(theirs), **tolerance)
     dy = torch.randn_like(theirs)
     got = torch.autograd.grad(ours, leaves, dy.to(ours.dtype))
     expected = torch.autograd.grad(theirs, leaves, dy.to(ours.dtype).double())
     for a, b in zip(got, expected):
-        torch.testing.assert_close(a.double(), b.double(), **tolerance)
+        torch.testing.assert_close(here(a.double()), here(b.double()), **tolerance)
 
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 16])
-def test_convolution_and_its_gradients(device: str, last: bool, dtype: torch.dtype, groups: int) -> None:
+def test_convolution_and_its_gradients(device: Device, last: bool, dtype: torch.dtype, groups: int) -> None:
     x = operand(device, 2, 16, 7, 6, last=last, dtype=dtype)
     w = operand(device, 16, 16 // groups, 3, 3, last=last, dtype=dtype)
     bias = operand(device, 16, last=False, dtype=dtype)
@@ -83,13 +87,13 @@ def test_convolution_and_its_gradients(device: str, last: bool, dtype: torch.dty
     compare(y, F.conv2d(x.double(), w.double(), bias.double(), **options), [x, w, bias], dtype)
 
 
-def test_linear(device: str) -> None:
+def test_linear(device: Device) -> None:
     x, w, bias = (operand(device, *shape, last=False) for shape in ((2, 5, 24), (10, 24), (10,)))
     compare(cuda.linear(x, w, bias), F.linear(x.double(), w.double(), bias.double()), [x, w, bias], torch.float32)
 
 
 @pytest.mark.parametrize("layer", ["conv", "linear"])
-def test_tf32_where_torch_allows_it_and_nobody_is_strict(device: str, layer: str) -> None:
+def test_tf32_where_torch_allows_it_and_nobody_is_strict(device: Device, layer: str) -> None:
     x, w = operand(device, 2, 32, 5, 6, last=True), operand(device, 64, 32, 1, 1, last=True)
 
     def call() -> list[Tensor]:
@@ -115,7 +119,7 @@ def test_tf32_where_torch_allows_it_and_nobody_is_strict(device: str, layer: str
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_pooling(device: str, last: bool) -> None:
+def test_pooling(device: Device, last: bool) -> None:
     x = operand(device, 2, 8, 9, 7, last=last)
     options = {"stride": 2, "padding": 1, "ceil_mode": True}
     for ours, theirs in ((cuda.max_pool2d, F.max_pool2d), (cuda.avg_pool2d, F.avg_pool2d)):
@@ -147,7 +151,7 @@ def dense_attention(
 
 # Where the mask is float32 beside halves, it is read as that.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_and_its_gradients(device: str, dtype: torch.dtype) -> None:
+def test_attention_and_its_gradients(device: Device, dtype: torch.dtype) -> None:
     sizes = (2, 4, 9, 16), (2, 2, 70, 16), (2, 2, 70, 16), (4, 9, 70), (4,), (2, 4), (2, 1, 78)
     leaves = [operand(device, *s, last=False, dtype=dtype if len(s) == 4 else torch.float32) for s in sizes]
     q, k, v, mask, slopes, sinks, bias = leaves
@@ -158,17 +162,17 @@ def test_attention_and_its_gradients(device: str, dtype: torch.dtype) -> None:
     compare(ours, dense_attention(*(t.double() for t in leaves)), leaves, dtype)
 
 
-def test_attention_of_three_dimensions_with_a_boolean_mask(device: str) -> None:
+def test_attention_of_three_dimensions_with_a_boolean_mask(device: Device) -> None:
     q, k, v = (operand(device, 3, L, 8, last=False) for L in (5, 7, 7))
-    mask = torch.arange(35, device=q.device).view(5, 7) % 3 != 0
+    mask = device(torch.arange(35).view(5, 7) % 3 != 0)
     ours = cuda.scaled_dot_product_attention(q, k, v, mask)
     compare(ours, F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask), [q, k, v], torch.float32)
     with torch.no_grad():
         assert torch.equal(cuda.scaled_dot_product_attention(q, k, v, mask), ours)
 
 
-def test_attention_refuses_in_words(device: str) -> None:
-    q = torch.randn(1, 2, 3, 300, device=device)
+def test_attention_refuses_in_words(device: Device) -> None:
+    q = device(torch.randn(1, 2, 3, 300))
     with pytest.raises(NotImplementedError, match="more than 256 features"):
         cuda.scaled_dot_product_attention(q, q, q)
     assert cuda.scaled_dot_product_attention(q[:0], q[:0], q[:0]).shape == (0, 2, 3, 300)
@@ -176,7 +180,7 @@ def test_attention_refuses_in_words(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("added", [False, True])
-def test_layer_norm_and_its_gradients(device: str, dtype: torch.dtype, added: bool) -> None:
+def test_layer_norm_and_its_gradients(device: Device, dtype: torch.dtype, added: bool) -> None:
     x, residual = (operand(device, 3, 5, 4, 6, last=False, dtype=dtype) for _ in range(2))
     w, bias = (operand(device, 4, 6, last=False, dtype=dtype) for _ in range(2))
     if not added:
@@ -190,8 +194,8 @@ def test_layer_norm_and_its_gradients(device: str, dtype: torch.dtype, added: bo
     compare(torch.stack(cuda.layer_norm(x, (4, 6), w, residual=residual)), both, [x, residual, w], dtype)
 
 
-def test_layer_norm_of_nothing_and_of_what_does_not_fit(device: str) -> None:
-    x = torch.randn(0, 6, device=device, requires_grad=True)
+def test_layer_norm_of_nothing_and_of_what_does_not_fit(device: Device) -> None:
+    x = device(torch.randn(0, 6)).requires_grad_()
     assert cuda.layer_norm(x, (6,)).shape == (0, 6)
     with pytest.raises(RuntimeError, match="expected input with shape"):
         cuda.layer_norm(x, (5,))

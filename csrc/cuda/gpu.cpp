@@ -17,9 +17,8 @@ std::string why_not_on(int device) {
     cudaGetLastError();  // forgotten, or the next launch would report it
     return "GPU " + std::to_string(device) + ": " + cudaGetErrorString(error);
   }
-  if (major >= 8) return "";
-  return "GPU " + std::to_string(device) + " is sm_" + std::to_string(major) + std::to_string(minor) +
-         "; the CUDA kernels are built for " FASTCONV_CUDA_ARCHITECTURES;
+  const std::string reason = why_not_capability(major, minor, FASTCONV_CUDA_ARCHITECTURES);
+  return reason.empty() ? "" : "GPU " + std::to_string(device) + " is " + reason;
 }
 
 }  // namespace

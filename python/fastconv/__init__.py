@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import cuda, functional, models, nn, numpy
     from ._attention import sdpa
-    from .control import build_info, explain, kernels, set_accuracy, use
+    from .control import build_info, explain, kernels, set_accuracy, set_cuda, use
     from .conversion import convert, revert
     from .fallback import FallbackWarning, fallback_counts, set_fallback
     from .fusion import fuse, unfuse
@@ -37,6 +37,7 @@ _HOMES = {
     "revert": "conversion",
     "sdpa": "_attention",
     "set_accuracy": "control",
+    "set_cuda": "control",
     "set_fallback": "fallback",
     "unfuse": "fusion",
     "use": "control",
@@ -61,6 +62,7 @@ __all__ = [
     "revert",
     "sdpa",
     "set_accuracy",
+    "set_cuda",
     "set_fallback",
     "unfuse",
     "use",

@@ -131,9 +131,10 @@ def scaled_dot_product_attention(
         tensors["attn_mask"] = None  # no dtype that a kernel would lack: boolean, or an error
     if for_torch(_OP, tensors, False, dtypes=WITH_HALVES):
         if own:
+            hint = f"; fastconv.cuda.{_OP}, and this function after fastconv.set_cuda(True), have it on a GPU"
             raise NotImplementedError(
                 f"{_OP}: {', '.join(own)} needs floating tensors on the CPU that nobody traces, got {describe(query)} of "
-                f"{query.dtype}"
+                f"{query.dtype} on {query.device}{hint if query.is_cuda else ''}"
             )
         return _theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return _answer(query, key, value, attn_mask, probability(dropout_p), is_causal, (scale, enable_gqa), own)
@@ -192,7 +193,12 @@ def prepare(
     diagonal = S - L if lower_right else 0
     low, high = _band(own.get("window"), is_causal or bias is not None, diagonal, L, S)
     options = ops.Options(
-        _scale(scale, query.shape[-1]), low, high, float(own.get("softcap", 0.0)), p, _draw() if 0 < p < 1 else 0
+        _scale(scale, query.shape[-1]),
+        low,
+        high,
+        float(own.get("softcap", 0.0)),
+        p,
+        _draw(query.device) if 0 < p < 1 else 0,
     )
     if options.softcap < 0:
         raise RuntimeError(f"{_OP}: softcap has to be positive, but got {options.softcap:g}")
@@ -241,9 +247,25 @@ def _scale(scale: Any, features: int) -> float:
     return float(scale)
 
 
-def _draw() -> int:
-    """A key of 63 bits from torch's generator: the same dropout for the same torch.manual_seed."""
+def _draw(device: torch.device) -> int:
+    """A key of 63 bits from torch's generator of that device: the same dropout for the same torch.manual_seed.
+
+    A GPU's is asked for its seed and place, which the CPU knows, and moved on by what one of its own draws takes: nothing waits.
+    """
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index]
+        place = generator.get_offset()
+        generator.set_offset(place + 4)
+        return _mixed(_mixed(generator.initial_seed()) ^ place) >> 1
     return int(torch.randint(2**63 - 1, (), dtype=torch.int64).item())
+
+
+def _mixed(x: int) -> int:
+    """64 bits, of which each depends on all of x: the output function of SplitMix64 (Steele, Lea, Flood, 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
 
 
 def _band(window: Any, causal: bool, diagonal: int, L: int, S: int) -> tuple[int, int]:

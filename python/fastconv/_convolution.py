@@ -319,6 +319,8 @@ def _general(
     if for_torch(op, tensors, True):
         return theirs(input, weight, bias, *options)  # type: ignore[no-any-return]
 
+    # The CPU's has been for torch: this casts what lies on a GPU.
+    input, weight, bias = autocast(input, weight, bias)
     checks.check_dtypes(op, input, weight, bias)
     checks.check_ranks(op, dims, input, weight)
     g = checks.geometry(op, dims, weight, stride, padding, dilation, groups, output_padding)

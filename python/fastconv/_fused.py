@@ -9,10 +9,12 @@ from torch import Tensor
 from ._convolution import conv2d as plain_conv2d
 from ._convolution import linear as plain_linear
 from ._padding import Quad
+from ._routes import on_gpu as kernels_on_gpu
 from ._routes import plain, plain_pair
 from .ops import _frozen_linear
 from .ops import conv2d as ops
 from .ops._conv2d_kernels import Geometry, find_frozen, run_frozen
+from .ops._cuda import linear_fused
 from .ops._dispatch import KERNEL, usual, way
 from .ops._eager import Answer, native
 from .ops._packed import PackedFilters
@@ -93,7 +95,22 @@ def frozen_linear(
         recipe = _frozen_linear.find(input, weight, bias, residual, activation)
         if recipe is not None:
             return _frozen_linear.follow(recipe, input, weight, bias, residual, kept)
+    if _linear_in_one(input, weight, bias, residual):
+        return linear_fused(input, weight, bias, residual, activation)
     return _finished(plain_linear(input, weight, bias), residual, activation)
+
+
+def _linear_in_one(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether this is a valid layer on a GPU of which nobody wants a derivative."""
+    if input.is_cpu or not kernels_on_gpu("linear", input, weight, bias, residual):
+        return False
+    given = [t for t in (input, weight, bias, residual) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return False
+    if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1] or 0 in (*input.shape, *weight.shape):
+        return False
+    y = (*input.shape[:-1], weight.shape[0])
+    return (bias is None or bias.shape == weight.shape[:1]) and (residual is None or tuple(residual.shape) == y)
 
 
 def _finished(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -113,7 +130,8 @@ def _in_one(
     groups: int,
 ) -> bool:
     """Whether this is a valid convolution of a batch of plain images, with a residual of the result's shape."""
-    if not plain_pair(input, weight, bias) or input.dim() != 4 or weight.dim() != 4:
+    on_gpu = not input.is_cpu and kernels_on_gpu("conv2d", input, weight, bias, residual)
+    if not (on_gpu or plain_pair(input, weight, bias)) or input.dim() != 4 or weight.dim() != 4:
         return False
     (N, C, H, W), (K, channels, R, S) = input.shape, weight.shape
     top, bottom, left, right = padding
@@ -124,7 +142,7 @@ def _in_one(
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != K):
         return False
     return residual is None or (
-        plain(residual) and residual.dtype is input.dtype and tuple(residual.shape) == (N, K, P, Q)
+        (on_gpu or plain(residual)) and residual.dtype is input.dtype and tuple(residual.shape) == (N, K, P, Q)
     )
 
 

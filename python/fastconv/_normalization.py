@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from ._arguments import describe, ints, tensor
-from ._routes import for_torch, overridden
+from ._routes import autocast_up, for_torch, overridden
 from .ops import layer_norm as ops
 from .ops._dispatch import DTYPES, KERNEL, usual
 from .ops._eager import native
@@ -91,6 +91,7 @@ def layer_norm(
     check_shapes(input, shape, weight, bias, residual)
     if for_torch(_OP, tensors, False):
         return _theirs(input, shape, weight, bias, eps, residual=residual)  # type: ignore[no-any-return]
+    input, weight, bias, residual = autocast_up(input, weight, bias, residual)
     check_dtypes(input, weight, bias, residual)
     return _apply(input, shape, weight, bias, float(eps), residual)
 

@@ -10,16 +10,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from . import _gpu
 from .fallback import note
 
 _f32, _f64, _strided = torch.float32, torch.float64, torch.strided
+# What the kernels for GPUs take.
+ON_GPU = (_f32, torch.bfloat16, torch.float16)
 _any_autocast = torch._C._is_any_autocast_enabled
 _tracing = torch._C._get_tracing_state
 _is_exporting = torch.compiler.is_exporting
-
-
-# What a CUDA tensor's reason adds: a drop-in replacement does not run what has not been measured.
-_ON_CUDA = ", and the kernels for GPUs have not been measured on one; fastconv.cuda calls them"
 
 
 def quiet() -> bool:
@@ -79,20 +78,39 @@ def _own_memory(t: Tensor) -> bool:
 
 
 def autocast_to(tensors: list[Tensor]) -> torch.dtype | None:
-    """What CPU autocast makes of them; None where it leaves them alone, as it leaves float64."""
-    if not torch.is_autocast_enabled("cpu"):
+    """What autocast of their device makes of them; None where it leaves them alone, as it leaves float64."""
+    kind = "cuda" if tensors and tensors[0].is_cuda else "cpu"
+    if not torch.is_autocast_enabled(kind):
         return None
     if not any(t.is_floating_point() and t.dtype is not _f64 for t in tensors):
         return None
-    return torch.get_autocast_dtype("cpu")
+    return torch.get_autocast_dtype(kind)
 
 
 def autocast(*tensors: Tensor | None) -> Any:
-    """Operands of an op on torch's list of those of lower precision, as CPU autocast casts them. float64 is left alone."""
+    """Operands of an op on torch's list of those of lower precision, as autocast casts them. float64 is left alone."""
     dtype = autocast_to([t for t in tensors if t is not None])
-    if dtype is None:
-        return tensors
+    return tensors if dtype is None else _cast(tensors, dtype)
+
+
+def autocast_up(*tensors: Tensor | None) -> Any:
+    """Operands of an op that autocast of CUDA, and not the CPU's, computes in float32."""
+    present = [t for t in tensors if t is not None]
+    return _cast(tensors, _f32) if present[0].is_cuda and autocast_to(present) is not None else tensors
+
+
+def _cast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
     return [t if t is None or not t.is_floating_point() or t.dtype is _f64 else t.to(dtype) for t in tensors]
+
+
+def on_gpu(op: str, x: Any, *others: Any) -> bool:
+    """Whether these, and those that are not None, are CUDA tensors of one dtype for our kernels, in a quiet moment."""
+    given = [t for t in (x, *others) if t is not None]
+    if not (isinstance(x, Tensor) and x.is_cuda and all(isinstance(t, Tensor) for t in given)):
+        return False
+    if has_torch_function_variadic(*given) or not quiet() or any(t.dtype is not x.dtype for t in given):
+        return False
+    return not reason_for_torch({str(place): t for place, t in enumerate(given)}, False, op=op)
 
 
 def exporting() -> bool:
@@ -101,15 +119,25 @@ def exporting() -> bool:
 
 
 def reason_for_torch(
-    tensors: dict[str, Tensor | None], casts: bool, dtypes: Collection[torch.dtype] = (_f32, _f64)
+    tensors: dict[str, Tensor | None], casts: bool, dtypes: Collection[torch.dtype] = (_f32, _f64), op: str = ""
 ) -> str:
-    """Why torch has to answer; "" where we can. `casts`: autocast applies to this op, and to dtypes that are not ours."""
+    """Why torch has to answer; "" where we can. `casts`: the CPU's autocast applies to this op, and to dtypes that are not ours;
+    on a GPU there are kernels for what autocast makes. `dtypes` are the CPU's.
+    """
     present = {name: t for name, t in tensors.items() if t is not None}
+    first = next(iter(present.values()))
     for name, t in present.items():
         if not _own_memory(t):
             return f"{name} is a {type(t).__name__}"
-        if t.device.type not in ("cpu", "meta"):
-            return f"{name} is on {t.device.type}" + _ON_CUDA * (t.device.type == "cuda")
+        if t.is_cuda:
+            reason = _gpu.reason_for_torch(op, t.get_device())
+            if reason:
+                return f"{name} is on cuda{reason}"
+            casts, dtypes = False, ON_GPU
+        elif t.device.type not in ("cpu", "meta"):
+            return f"{name} is on {t.device.type}"
+        if (t.is_cuda or first.is_cuda) and t.device != first.device:
+            return f"{name} is on {t.device}, other operands on {first.device}"
         if t.is_nested or t.layout is not _strided:
             return f"{name} is {'nested' if t.is_nested else str(t.layout).removeprefix('torch.')}"
     if _tracing() is not None:
@@ -146,13 +174,15 @@ def for_torch(
     check_one_device(op, tensors)
     if exporting():
         return True
-    reason = reason_for_torch(tensors, casts, dtypes) or otherwise
+    reason = reason_for_torch(tensors, casts, dtypes, op) or otherwise
     if reason:
         _note(op, reason)
     return bool(reason)
 
 
 def _note(op: str, reason: str) -> None:
+    if _gpu.calling.get():
+        raise NotImplementedError(f"fastconv.cuda.{op} has no kernel for this call: {reason}")
     note(op, reason)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import _native, plan
+from . import _gpu, _native, plan
 
 if TYPE_CHECKING:
     from . import _C
@@ -18,11 +18,24 @@ else:
 
 def kernels(op: str | None = None) -> list[_C.KernelInfo]:
     """Every kernel that was built, or those of one op: objects with name, op, algorithm, dtype, target, runnable, why_not ("" if
-    it runs here) and error_growth (worst rounding error, where a plain sum's is 1). Raises ValueError for an unknown op.
+    it runs here) and error_growth (worst rounding error, where a plain sum's is 1). The first `runnable` or `why_not` of a GPU's
+    kernel starts the driver. Raises ValueError for an unknown op.
     """
     if op is not None:
         plan.check_op(op)
     return [kernel for kernel in _C.kernels() if op is None or kernel.op == op]
+
+
+def set_cuda(enabled: bool) -> None:
+    """Whether `fastconv.functional`, the layers of `fastconv.nn` and what `convert` makes run CUDA tensors on our kernels.
+
+    False, the default, leaves them to torch: those kernels are proven by emulation and have not been measured on a GPU
+    (docs/cuda.md). For the whole process; code that torch.compile has traced keeps what was set then. `fastconv.cuda` calls the
+    kernels in either case. Raises TypeError where `enabled` is no bool.
+    """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"set_cuda: got {enabled!r}, expected True or False")
+    _gpu.enabled = enabled
 
 
 def build_info() -> dict[str, Any]:
@@ -158,14 +171,15 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _explained(question: plan.Question, dtype: str, shapes: tuple[plan.Shape, ...]) -> Explanation:
-    op, problem, threads, force, strict = question
+    op, problem, threads, force, strict, device = question
     try:
-        chosen = _C.plan(*question).kernel
+        chosen = plan.native().plan(*question).kernel
     except NotImplementedError:
         chosen = None
+    place = f"{threads} threads" if device == plan.CPU else f"GPU {device}"
     return Explanation(
         op=op,
-        problem=f"{', '.join('x'.join(map(str, shape)) for shape in shapes)}, {dtype}, {threads} threads",
-        candidates=tuple(Candidate(*row) for row in _C.explain(op, problem, force, strict)),
+        problem=f"{', '.join('x'.join(map(str, shape)) for shape in shapes)}, {dtype}, {place}",
+        candidates=tuple(Candidate(*row) for row in plan.native().explain(op, problem, force, strict, device)),
         chosen=chosen,
     )

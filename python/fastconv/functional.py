@@ -28,7 +28,7 @@ from ._pooling import (
     max_pool2d,
     max_pool2d_with_indices,
 )
-from .ops import _flops  # noqa: F401
+from .ops import _cuda, _flops  # noqa: F401 - register what they have
 
 __all__ = [
     "adaptive_avg_pool1d",

@@ -7,6 +7,7 @@ ops. An op keeps one recipe for each combination of shapes, strides and options 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import time
@@ -79,9 +80,12 @@ strict = False
 # ---- Plans ----------------------------------------------------------------------------------------------------------------
 
 
+# The device of operands on the CPU; those of a GPU have its number.
+CPU = -1
+
 Question = tuple[
-    str, Any, int, str, bool
-]  # op, problem, threads, forced kernel, strict: what _C.plan and _C.explain take
+    str, Any, int, str, bool, int
+]  # op, problem, threads, forced kernel, strict, device: what _C.plan and _C.explain take
 
 
 class Plan:
@@ -111,18 +115,25 @@ class Plan:
 
     def execute(self, *addresses: int) -> None:
         if _observers:
-            self._execute_watched(*addresses)
+            self._watch(functools.partial(self.run, *addresses))
         else:
             self.run(*addresses)
 
-    def _execute_watched(self, *addresses: int) -> None:
+    def start(self, run: Callable[[], None]) -> None:
+        """`run()`, which executes this plan, where observers see it."""
+        if _observers:
+            self._watch(run)
+        else:
+            run()
+
+    def _watch(self, run: Callable[[], None]) -> None:
         questions = _questions.get()
         if questions is not None:
             questions.append((self.question, self.dtype, self.shapes))
             return
         begin = time.perf_counter()
-        self.run(*addresses)
-        seconds = time.perf_counter() - begin
+        run()
+        seconds = time.perf_counter() - begin if self.question[5] == CPU else math.nan
         record = Record(self.question[0], self.kernel, self.shapes, self.dtype, self.question[2], seconds)
         for records in _observers:
             records.append(record)
@@ -259,9 +270,10 @@ def make(
     threads: int,
     force: str,
     strict: bool,
+    device: int = CPU,
 ) -> Plan:
     """A new plan, to be asked for in a `cached` function. Raises NotImplementedError, with reasons, where no kernel applies."""
-    question: Question = (op, problem, threads, force, strict)
+    question: Question = (op, problem, threads, force, strict, device)
     shapes = tuple(tuple(shape) for shape in shapes)
     try:
         native = _C.plan(*question)
@@ -272,11 +284,11 @@ def make(
         raise
     made = Plan(question, native, dtype, shapes)
     if os.environ.get("FASTCONV_LOG", "0") not in ("", "0"):
-        cost = next(cost for name, _, cost in _C.explain(op, problem, force, strict) if name == made.kernel)
+        costs = _C.explain(op, problem, force, strict, device)
+        cost = next(cost for name, _, cost in costs if name == made.kernel)
+        place = f"{threads} threads" if device == CPU else f"GPU {device}"
         sizes = " ".join("x".join(map(str, shape)) for shape in shapes)
-        print(
-            f"fastconv: {op} {sizes}: {made.kernel}, {cost * 1e6:.1f} us predicted, {threads} threads", file=sys.stderr
-        )
+        print(f"fastconv: {op} {sizes}: {made.kernel}, {cost * 1e6:.1f} us predicted, {place}", file=sys.stderr)
     return made
 
 
@@ -322,7 +334,10 @@ def prefers_channels_last(shape: Shape, strides: Shape) -> bool:
 
 @dataclass(frozen=True)
 class Record:
-    """One executed kernel: its op, full name, the operands' shapes (x, w, y; for pooling x, y), dtype, threads, seconds."""
+    """One executed kernel: its op, full name, the operands' shapes (x, w, y; for pooling x, y), dtype, threads, seconds.
+
+    Seconds are NaN for a GPU's kernel, which a call starts and does not wait for.
+    """
 
     op: str
     kernel: str

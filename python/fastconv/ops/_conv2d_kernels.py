@@ -10,7 +10,7 @@ gradients of any order. Padding is (top, bottom, left, right) and may be negativ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -366,8 +366,15 @@ def _check_bias(op: str, bias: Tensor | None, channels: int) -> None:
         check_shape(op, "bias", bias.shape, (channels,))
 
 
-def _fwd_impl(x, w, bias, residual, stride, padding, dilation, groups, activation):  # type: ignore[no-untyped-def]
-    check_operands("conv2d_fwd", x=x, w=w, bias=bias, residual=residual)
+Dtypes = Mapping[torch.dtype, str]
+
+
+def check_fwd(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, dtypes: Dtypes = DTYPES,
+) -> Shape:  # fmt: skip
+    """The shape of the result. Raises RuntimeError where operands do not fit, NotImplementedError for another dtype."""
+    check_operands("conv2d_fwd", dtypes, x=x, w=w, bias=bias, residual=residual)
     _check_positive("conv2d_fwd", stride, dilation, groups)
     y = (
         x.shape[0],
@@ -378,19 +385,38 @@ def _fwd_impl(x, w, bias, residual, stride, padding, dilation, groups, activatio
     _check_bias("conv2d_fwd", bias, w.shape[0])
     if residual is not None:
         check_shape("conv2d_fwd", "residual", residual.shape, y)
+    return y
+
+
+def check_dgrad(
+    dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Shape,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, dtypes: Dtypes = DTYPES,
+) -> None:  # fmt: skip
+    check_operands("conv2d_dgrad", dtypes, dy=dy, w=w, bias=bias)
+    _check_fit("conv2d_dgrad", x_shape, w.shape, dy.shape, stride, padding, dilation, groups)
+    _check_bias("conv2d_dgrad", bias, x_shape[1])
+
+
+def check_wgrad(
+    dy: Tensor, x: Tensor, w_shape: Shape,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, dtypes: Dtypes = DTYPES,
+) -> None:  # fmt: skip
+    check_operands("conv2d_wgrad", dtypes, dy=dy, x=x)
+    _check_fit("conv2d_wgrad", x.shape, w_shape, dy.shape, stride, padding, dilation, groups)
+
+
+def _fwd_impl(x, w, bias, residual, stride, padding, dilation, groups, activation):  # type: ignore[no-untyped-def]
+    check_fwd(x, w, bias, residual, stride, padding, dilation, groups)
     return run_fwd(x, w, bias, residual, tuple(stride), tuple(padding), tuple(dilation), groups, activation)
 
 
 def _dgrad_impl(dy, w, bias, x_shape, channels_last, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
-    check_operands("conv2d_dgrad", dy=dy, w=w, bias=bias)
-    _check_fit("conv2d_dgrad", x_shape, w.shape, dy.shape, stride, padding, dilation, groups)
-    _check_bias("conv2d_dgrad", bias, x_shape[1])
+    check_dgrad(dy, w, bias, x_shape, stride, padding, dilation, groups)
     return run_dgrad(dy, w, bias, tuple(x_shape), channels_last, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _wgrad_impl(dy, x, w_shape, channels_last, with_bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
-    check_operands("conv2d_wgrad", dy=dy, x=x)
-    _check_fit("conv2d_wgrad", x.shape, w_shape, dy.shape, stride, padding, dilation, groups)
+    check_wgrad(dy, x, w_shape, stride, padding, dilation, groups)
     return run_wgrad(
         dy, x, tuple(w_shape), channels_last, with_bias, tuple(stride), tuple(padding), tuple(dilation), groups
     )

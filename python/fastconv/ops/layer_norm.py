@@ -10,6 +10,8 @@ First derivatives run on kernels. Second ones and forward mode are composed of t
 from __future__ import annotations
 
 import math
+import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,7 +20,7 @@ from torch.autograd import Function
 
 from .. import plan
 from ._conv2d_kernels import TAGS, library
-from ._dispatch import DTYPES, check_operands, check_shape, empty_strided
+from ._dispatch import DTYPES, check_operands, check_shape, computed_in, empty_strided
 from .autograd import call, derive, run
 from .linear import contiguous_strides
 
@@ -144,39 +146,51 @@ library.define(
 )
 
 
-def _check(op: str, x: Tensor, rows: dict[str, MaybeTensor], columns: dict[str, MaybeTensor], **more: Tensor) -> None:
-    """Raises RuntimeError unless the operands make one normalisation: the registered ops are open to anybody."""
+def check(
+    op: str,
+    x: Tensor,
+    rows: dict[str, MaybeTensor],
+    columns: dict[str, MaybeTensor],
+    statistics: Mapping[str, Tensor] = types.MappingProxyType({}),
+    dtypes: Mapping[torch.dtype, str] = DTYPES,
+) -> None:
+    """Raises RuntimeError unless the operands make one normalisation: the registered ops are open to anybody.
+
+    Statistics are of the precision that is computed in.
+    """
     if x.dim() != 2:
         raise RuntimeError(f"fastconv::{op}: x has {x.dim()} dimensions, expected 2")
-    check_operands(op, DTYPES, x=x, **rows, **columns, **more)
+    check_operands(op, dtypes, x=x, **rows, **columns)
     for name, t in rows.items():
         if t is not None:
             check_shape(op, name, t.shape, tuple(x.shape))
     for name, t in columns.items():
         if t is not None:
             check_shape(op, name, t.shape, (x.shape[1],))
-    for name, t in more.items():
+    for name, t in statistics.items():
+        check_operands(op, {computed_in(x.dtype): ""}, **{name: t})
         check_shape(op, name, t.shape, (x.shape[0],))
 
 
 def _fwd_impl(
     x: Tensor, residual: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor, eps: float
 ) -> tuple[Tensor, ...]:
-    _check("layer_norm_fwd", x, {"residual": residual}, {"weight": weight, "bias": bias})
+    check("layer_norm_fwd", x, {"residual": residual}, {"weight": weight, "bias": bias})
     return _fwd(x, residual, weight, bias, eps)
 
 
 def _bwd_impl(
     dy: Tensor, dsum: MaybeTensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: MaybeTensor, *rest: Any
 ) -> Any:
-    _check("layer_norm_bwd", x, {"dy": dy, "dsum": dsum}, {"weight": weight}, mean=mean, rstd=rstd)
+    check("layer_norm_bwd", x, {"dy": dy, "dsum": dsum}, {"weight": weight}, {"mean": mean, "rstd": rstd})
     return _bwd(dy, dsum, x, mean, rstd, weight, *rest)
 
 
 def _fwd_fake(x: Tensor, residual: MaybeTensor, *_: Any) -> tuple[Tensor, ...]:
     rows = x.new_empty(x.shape)
     total = x.new_empty((0, x.shape[1])) if residual is None else x.new_empty(x.shape)
-    return rows, total, x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
+    mean, rstd = (x.new_empty(x.shape[0], dtype=computed_in(x.dtype)) for _ in range(2))
+    return rows, total, mean, rstd
 
 
 def _bwd_fake(dy: Tensor, dsum: MaybeTensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -210,9 +224,12 @@ def _project(v: Tensor, h: Tensor) -> Tensor:
 def _gradients(
     dy: Tensor, dsum: MaybeTensor, x: Tensor, weight: MaybeTensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    stored, computed = x.dtype, computed_in(x.dtype)
+    dy, x = dy.to(computed), x.to(computed)
     h, rstd = _normalised(x, eps)
     dx = rstd * _project(dy if weight is None else dy * weight, h)
-    return dx if dsum is None else dx + dsum, (dy * h).sum(0), dy.sum(0)
+    dx = dx if dsum is None else dx + dsum
+    return dx.to(stored), (dy * h).sum(0).to(stored), dy.sum(0).to(stored)
 
 
 # ---- Derivatives ----------------------------------------------------------------------------------------------------------

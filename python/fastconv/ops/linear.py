@@ -12,7 +12,7 @@ depend on how many others there are. bfloat16 and float16 are how operands are s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -175,23 +175,39 @@ library.define("linear_dgrad(Tensor dy, Tensor w) -> Tensor", tags=TAGS)
 library.define("linear_wgrad(Tensor dy, Tensor x, bool with_bias) -> (Tensor, Tensor)", tags=TAGS)
 
 
-def _fwd_impl(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    check_operands("linear_fwd", WITH_HALVES, x=x, w=w, bias=bias)
+Dtypes: TypeAlias = Mapping[torch.dtype, str]
+
+
+def check_fwd(x: Tensor, w: Tensor, bias: Tensor | None, dtypes: Dtypes = WITH_HALVES) -> None:
+    """Raises RuntimeError where operands do not fit, NotImplementedError for a dtype that is none of these."""
+    check_operands("linear_fwd", dtypes, x=x, w=w, bias=bias)
     check_shape("linear_fwd", "w", w.shape, (w.shape[0], x.shape[-1]))
     if bias is not None:
         check_shape("linear_fwd", "bias", bias.shape, (w.shape[0],))
+
+
+def check_dgrad(dy: Tensor, w: Tensor, dtypes: Dtypes = WITH_HALVES) -> None:
+    check_operands("linear_dgrad", dtypes, dy=dy, w=w)
+    check_shape("linear_dgrad", "w", w.shape, (dy.shape[-1], w.shape[1]))
+
+
+def check_wgrad(dy: Tensor, x: Tensor, dtypes: Dtypes = WITH_HALVES) -> None:
+    check_operands("linear_wgrad", dtypes, dy=dy, x=x)
+    check_shape("linear_wgrad", "dy", dy.shape, (*x.shape[:-1], dy.shape[-1]))
+
+
+def _fwd_impl(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    check_fwd(x, w, bias)
     return run_fwd(x, w, bias)
 
 
 def _dgrad_impl(dy: Tensor, w: Tensor) -> Tensor:
-    check_operands("linear_dgrad", WITH_HALVES, dy=dy, w=w)
-    check_shape("linear_dgrad", "w", w.shape, (dy.shape[-1], w.shape[1]))
+    check_dgrad(dy, w)
     return run_dgrad(dy, w)
 
 
 def _wgrad_impl(dy: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
-    check_operands("linear_wgrad", WITH_HALVES, dy=dy, x=x)
-    check_shape("linear_wgrad", "dy", dy.shape, (*x.shape[:-1], dy.shape[-1]))
+    check_wgrad(dy, x)
     return run_wgrad(dy, x, with_bias)
 
 

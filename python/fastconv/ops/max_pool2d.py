@@ -7,7 +7,7 @@ int64, flat within the (H, W) plane, and lie in memory like the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,11 +19,16 @@ from ._dispatch import KERNEL, empty_strided, way
 from .autograd import call, derive, run
 from .pool2d import LIBRARY, Chosen, Pair, Quad, Recipe
 
+Numbers: TypeAlias = tuple[int, ...]
+
 pool2d.define(
     "max_pool2d_fwd(Tensor x, SymInt[2] kernel, SymInt[2] stride, SymInt[] padding, SymInt[2] dilation, bool ceil_mode)"
     " -> (Tensor, Tensor)"
 )
-pool2d.define("max_pool2d_bwd(Tensor grad, Tensor indices, SymInt[] x_size, bool channels_last) -> Tensor")
+# `windows` are what a kernel that gathers has to know (see `_numbers`), and nothing to one that scatters, as the CPU's does.
+pool2d.define(
+    "max_pool2d_bwd(Tensor grad, Tensor indices, SymInt[] x_size, bool channels_last, SymInt[] windows=[]) -> Tensor"
+)
 pool2d.define("adaptive_max_pool2d_fwd(Tensor x, SymInt[2] output_size) -> (Tensor, Tensor)")
 
 _ops = torch.ops.fastconv
@@ -109,7 +114,9 @@ def _adaptive_fwd(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor
     return _run_fwd(x, adaptive_recipe(x.shape, x.stride(), x.dtype, size, chosen))
 
 
-def _bwd(grad: Tensor, indices: Tensor, x_size: Sequence[int], channels_last: bool) -> Tensor:
+def _bwd(
+    grad: Tensor, indices: Tensor, x_size: Sequence[int], channels_last: bool, windows: Sequence[int] = ()
+) -> Tensor:
     # The kernel walks both with one set of strides, and a gradient comes expanded (from a sum) or in the other format.
     if grad.stride() != indices.stride():
         grad = torch.empty_like(indices, dtype=grad.dtype).copy_(grad)
@@ -151,7 +158,7 @@ def _fake_adaptive_fwd(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, T
     return _fake_outputs(x, (*x.shape[:2], *output_size))
 
 
-def _fake_bwd(grad: Tensor, indices: Tensor, x_size: Sequence[int], channels_last: bool) -> Tensor:
+def _fake_bwd(grad: Tensor, indices: Tensor, x_size: Sequence[int], channels_last: bool, *_: Any) -> Tensor:
     return pool2d.empty(grad, x_size, channels_last)
 
 
@@ -169,9 +176,21 @@ def _gather(x: Tensor, indices: Tensor) -> Tensor:
     return x.reshape(N, C, -1).gather(2, indices.reshape(N, C, P * Q)).reshape(N, C, P, Q)
 
 
-def backward(grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
+def _numbers(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Numbers:
+    """Windows as the ten numbers that `max_pool2d_bwd` takes: kernel, stride, four sides' padding, dilation."""
+    return *kernel, *stride, *pool2d.four(padding), *dilation
+
+
+# Those of an adaptive pooling, whose windows follow from the sizes.
+_ADAPTIVE = (0,) * 10
+
+
+def backward(
+    grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool, windows: Numbers = ()
+) -> Tensor:
     """The gradient for x, of size x_size, differentiable to any order in `grad`."""
-    return call(_MaxPoolBackward, _bwd, _ops.max_pool2d_bwd, (grad, indices), x_size, channels_last)  # type: ignore[no-any-return]
+    what = x_size, channels_last, windows
+    return call(_MaxPoolBackward, _bwd, _ops.max_pool2d_bwd, (grad, indices), *what)  # type: ignore[no-any-return]
 
 
 class _MaxPoolBackward(Function):
@@ -180,33 +199,35 @@ class _MaxPoolBackward(Function):
     vmap = staticmethod(pool2d.vmap_bwd(lambda *args: backward(*args), 2))
 
     @staticmethod
-    def forward(grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool) -> Tensor:
-        return run(_bwd, _ops.max_pool2d_bwd, (grad, indices), x_size, channels_last)  # type: ignore[no-any-return]
+    def forward(
+        grad: Tensor, indices: Tensor, x_size: tuple[int, ...], channels_last: bool, windows: Numbers
+    ) -> Tensor:
+        what = x_size, channels_last, windows
+        return run(_bwd, _ops.max_pool2d_bwd, (grad, indices), *what)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, indices, ctx.x_size, ctx.channels_last = inputs
+        _, indices, *ctx.what = inputs
         ctx.save_for_backward(indices)
         ctx.save_for_forward(indices)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (indices,) = ctx.saved_tensors
-        return _gather(grad, indices), None, None, None
+        return _gather(grad, indices), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        return backward(grad, indices, ctx.x_size, ctx.channels_last)
+        return backward(grad, indices, *ctx.what)
 
 
-def _save(ctx: Any, x: Tensor, indices: Tensor) -> None:
+def _save(ctx: Any, x: Tensor, indices: Tensor, windows: Numbers) -> None:
     ctx.mark_non_differentiable(indices)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(indices)
     ctx.save_for_forward(indices)
-    ctx.x_size = tuple(x.shape)
-    ctx.channels_last = pool2d.channels_last(x)
+    ctx.what = tuple(x.shape), pool2d.channels_last(x), windows
 
 
 class _MaxPool(Function):
@@ -218,12 +239,12 @@ class _MaxPool(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _save(ctx, inputs[0], output[1])
+        _save(ctx, inputs[0], output[1], _numbers(*inputs[1:5]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        dx = None if grad is None else backward(grad, indices, ctx.x_size, ctx.channels_last)
+        dx = None if grad is None else backward(grad, indices, *ctx.what)
         return dx, None, None, None, None, None
 
     @staticmethod
@@ -241,7 +262,7 @@ class _PlainMaxPool(Function):
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices)
-        ctx.x_size, ctx.channels_last = x.shape, pool2d.channels_last(x)
+        ctx.what = x.shape, pool2d.channels_last(x)
         return y, indices
 
     @staticmethod
@@ -262,12 +283,12 @@ class _AdaptiveMaxPool(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _save(ctx, inputs[0], output[1])
+        _save(ctx, inputs[0], output[1], _ADAPTIVE)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        return None if grad is None else backward(grad, indices, ctx.x_size, ctx.channels_last), None
+        return None if grad is None else backward(grad, indices, *ctx.what), None
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, _: Any) -> Any:

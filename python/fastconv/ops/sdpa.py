@@ -15,7 +15,7 @@ operands' dtype or of the one that they are computed in, which bias and sink hav
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -78,12 +78,16 @@ def _plan(
     return plan.make(op, problem, WITH_HALVES[dtype], shapes, threads, force, strict)
 
 
+def mask_kind(mask: MaybeTensor, q: Tensor) -> str:
+    if mask is None:
+        return "none"
+    return "boolean" if mask.dtype is torch.bool else "additive" if mask.dtype is q.dtype else "wide"
+
+
 def find(op: str, options: Options, tensors: dict[str, MaybeTensor]) -> plan.Plan | None:
-    mask, q = tensors.get("mask"), tensors["q"]
+    q = tensors["q"]
     assert q is not None
-    kind = "none" if mask is None else "boolean" if mask.dtype is torch.bool else "additive"
-    if kind == "additive" and mask is not None and mask.dtype is not q.dtype:
-        kind = "wide"
+    kind = mask_kind(tensors.get("mask"), q)
     operands = tuple((name, tuple(t.shape), t.stride()) for name, t in tensors.items() if t is not None)
     made: plan.Plan | None = _plan(
         op, q.dtype, operands, kind, options, torch.get_num_threads(), plan.forced.get().get(op, ""), plan.strict
@@ -206,12 +210,12 @@ library.define(
 )
 
 
-def _check(op: str, given: Operands, p: float) -> None:
+def check(op: str, given: Operands, p: float, dtypes: Mapping[torch.dtype, str] = WITH_HALVES) -> None:
     """Raises RuntimeError unless the operands make one attention: the registered ops are open to anybody."""
     q, k, v, mask, bias, sink = given
     if min(q.dim(), k.dim(), v.dim()) != 4 or max(q.dim(), k.dim(), v.dim()) != 4:
         raise RuntimeError(f"fastconv::{op}: q, k, v have {q.dim()}, {k.dim()} and {v.dim()} dimensions, expected 4")
-    check_operands(op, WITH_HALVES, q=q, k=k, v=v)
+    check_operands(op, dtypes, q=q, k=k, v=v)
     if mask is not None and mask.dtype not in (torch.bool, q.dtype, computed_in(q.dtype)):
         raise RuntimeError(f"fastconv::{op}: mask is {mask.dtype}, expected bool, {q.dtype} or {computed_in(q.dtype)}")
     check_shape(op, "k", k.shape, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]))
@@ -223,7 +227,7 @@ def _check(op: str, given: Operands, p: float) -> None:
     if mask is not None:
         scores = (*q.shape[:3], k.shape[2])
         fits = mask.dim() == 4 and all(m in (1, s) for m, s in zip(mask.shape, scores))
-        if not fits or not mask.is_cpu:
+        if not fits or mask.device != q.device:
             raise RuntimeError(
                 f"fastconv::{op}: mask has shape {list(mask.shape)} on {mask.device}, expected {list(scores)} or 1s"
             )
@@ -242,21 +246,25 @@ def _check(op: str, given: Operands, p: float) -> None:
 
 
 def _fwd_impl(*inputs: Any) -> tuple[Tensor, Tensor]:
-    _check("sdpa_fwd", Operands(*inputs[:6]), Options(*inputs[6:]).dropout)
+    check("sdpa_fwd", Operands(*inputs[:6]), Options(*inputs[6:]).dropout)
     return _fwd(*inputs)
 
 
-def _bwd_impl(dout: Tensor, dlse: MaybeTensor, *rest: Any) -> Gradients:
+def check_bwd(dout: Tensor, dlse: MaybeTensor, *rest: Any, dtypes: Mapping[torch.dtype, str] = WITH_HALVES) -> None:
     given, out, lse = Operands(*rest[:6]), rest[6], rest[7]
     q, v = given.q, given.v
-    _check("sdpa_bwd", given, Options(*rest[9:]).dropout)
-    check_operands("sdpa_bwd", WITH_HALVES, q=q, dout=dout, out=out)
+    check("sdpa_bwd", given, Options(*rest[9:]).dropout, dtypes)
+    check_operands("sdpa_bwd", dtypes, q=q, dout=dout, out=out)
     check_operands("sdpa_bwd", {computed_in(q.dtype): ""}, lse=lse, dlse=dlse)
     for name, t in (("dout", dout), ("out", out)):
         check_shape("sdpa_bwd", name, t.shape, (*q.shape[:3], v.shape[3]))
     check_shape("sdpa_bwd", "lse", lse.shape, tuple(q.shape[:3]))
     if dlse is not None:
         check_shape("sdpa_bwd", "dlse", dlse.shape, tuple(q.shape[:3]))
+
+
+def _bwd_impl(dout: Tensor, dlse: MaybeTensor, *rest: Any) -> Gradients:
+    check_bwd(dout, dlse, *rest)
     return gradients(dout, dlse, *rest)
 
 

@@ -148,6 +148,7 @@ class _Plan:
     def __init__(self, emulator: Emulator, row: int, problem: Any) -> None:
         self._emulator, self._row, self._problem = emulator, row, problem
         self.kernel = emulator.names[row]
+        self.packed = 0, 0
         self.workspace: int = emulator.library.emulator_workspace(row, ctypes.byref(problem))
 
     def _run(self, workspace: int, *addresses: int) -> None:
@@ -215,20 +216,23 @@ class Emulator:
             for row, name in enumerate(self.names)
         ]  # fmt: skip
 
-    def explain(self, op: str, problem: Any, strict: bool = False) -> list[tuple[str, str, float]]:
+    def explain(
+        self, op: str, problem: Any, force: str = "", strict: bool = False, device: int = 0
+    ) -> list[tuple[str, str, float]]:
         found = []
         for row, name in enumerate(self.names):
             if name.startswith(f"{op}.") and name.split(".")[2] == _DTYPES[problem.dtype]:
                 reason = self.library.emulator_reject(row, ctypes.byref(problem))
-                if strict and self.library.emulator_growth(row) > 1:
+                if force not in ("", name, *name.split(".")[1::2]):
+                    reason = f"not the forced '{force}'".encode()
+                elif strict and self.library.emulator_growth(row) > 1:
                     reason = b"asked for strict accuracy"
                 cost = float("inf") if reason else self.library.emulator_cost(row, ctypes.byref(problem))
                 found.append((name, (reason or b"").decode(), cost))
         return found
 
     def plan(self, op: str, problem: Any, threads: int, force: str, strict: bool = False, device: int = 0) -> _Plan:
-        found = [row for row in self.explain(op, problem, strict) if force in (row[0], "")]
-        name, verdict, _ = min(found, key=lambda row: row[2])
+        name, verdict, _ = min(self.explain(op, problem, force, strict), key=lambda row: row[2])
         if verdict:
             raise NotImplementedError(f"{name}: {verdict}")
         return _Plan(self, self.names.index(name), problem)
