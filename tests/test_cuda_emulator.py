@@ -5,6 +5,7 @@ tests/cuda_emulator gives CUDA its meaning; see docs/cuda.md. Needs the sources 
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from dataclasses import replace
@@ -142,6 +143,72 @@ def test_bits_of_a_sample_do_not_depend_on_its_company(emulated: emulator.Emulat
     alone = harness.run(op, replace(case, N=1), "f32", single, force=name).outputs
     for role, value in alone.items():
         np.testing.assert_array_equal(value[0], together[role][1])
+
+
+# ---- Far away -----------------------------------------------------------------------------------------------------------------
+
+FAR = 2**31 + 8  # elements from one row of an image to the next, with whole packs of 16 bytes
+FAR_PROBLEMS = {
+    "conv2d_fwd.direct.f32": 1, "conv2d_fwd.implicit_gemm.f32": 1, "conv2d_fwd.depthwise.f32": 8, "conv2d_dgrad.direct.f32": 1,
+    "conv2d_wgrad.implicit_gemm.f32": 1, "conv2d_wgrad.depthwise.f32": 8, "max_pool2d_fwd.direct.f32": 0,
+    "max_pool2d_bwd.direct.f32": 0, "avg_pool2d_fwd.direct.f32": 0, "avg_pool2d_bwd.direct.f32": 0,
+}  # fmt: skip
+
+
+class Images:
+    """Two images of 8 channels, 3 rows and 4 columns, channels last, in memory that nobody has reserved."""
+
+    shape = 2, 8, 3, 4
+
+    def __init__(self, row: int, dtype: type[np.generic]) -> None:
+        self.strides = 3 * row, 1, row, 8
+        size = np.dtype(dtype).itemsize
+        # MAP_NORESERVE, which Python does not name: 100 GB of addresses, of which some pages are touched.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+        self._memory = mmap.mmap(-1, 6 * row * size, flags=flags)
+        whole = np.frombuffer(self._memory, dtype)
+        self.address = whole.ctypes.data
+        self.values = np.lib.stride_tricks.as_strided(whole, self.shape, [s * size for s in self.strides])
+
+
+@pytest.mark.skipif(SANITIZE, reason="a sanitizer has no shadow for so many addresses")
+@pytest.mark.parametrize("name", FAR_PROBLEMS)
+def test_offsets_beyond_31_bits(emulated: emulator.Emulator, name: str) -> None:
+    op, groups = name.split(".")[0], FAR_PROBLEMS[name]
+    drawn = np.random.default_rng(0)
+    x, y = (drawn.integers(-4, 5, Images.shape).astype(np.float32) for _ in range(2))
+    w = drawn.integers(-4, 5, (8, 8 // max(groups, 1), 3, 3)).astype(np.float32)
+    # Where each maximum lies: at the window's own place.
+    places = np.broadcast_to(np.arange(12).reshape(3, 4), Images.shape)
+    found = []
+    for row in (32, FAR):
+        far_x, far_y, indices = Images(row, np.float32), Images(row, np.float32), Images(row, np.int64)
+        far_x.values[:], far_y.values[:], indices.values[:] = x, y, places
+        sizes = {"N": 2, "C": 8, "H": 3, "W": 4, "P": 3, "Q": 4, "R": 3, "S": 3, "stride": (1, 1), "dilation": (1, 1)}
+        workspace = np.zeros(1 << 20, np.uint8)
+        there = workspace.ctypes.data
+        if groups:
+            filters = w.copy()
+            strides = tuple(step // 4 for step in w.strides)
+            problem = emulated.Conv2dProblem(
+                dtype="f32", **sizes, K=8, groups=groups, pad=(1, 1), x=far_x.strides, w=(w.size // groups, *strides),
+                y=far_y.strides,
+            )  # fmt: skip
+            plan = emulated.plan(op, problem, 1, f"{name}.sm80")
+            assert plan.workspace <= workspace.nbytes
+            plan.run_conv2d(far_x.address, filters.ctypes.data, 0, 0, far_y.address, 0, there)
+            written = {"fwd": far_y.values, "dgrad": far_x.values, "wgrad": filters}
+        else:
+            problem = emulated.Pool2dProblem(
+                dtype="f32", **sizes, pad=(1, 1, 1, 1), x=far_x.strides, y=far_y.strides, divisor_override=0,
+                count_include_pad=True, adaptive=False,
+            )  # fmt: skip
+            plan = emulated.plan(op, problem, 1, f"{name}.sm80")
+            plan.run_pool2d(far_x.address, far_y.address, indices.address, there)
+            written = {"fwd": far_y.values, "bwd": far_x.values}
+        found.append(written[op.rsplit("_", 1)[1]].copy())
+    np.testing.assert_array_equal(found[1], found[0])
+    assert not np.array_equal(found[0], {"y": y, "x": x, "w": w}["w" if "wgrad" in op else "y" if "fwd" in op else "x"])
 
 
 # ---- The emulator notices -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ inline void land(const AsyncCopy& copy) {
 
 // A copy may land at once, over what another thread still reads, or as late as when it is waited for: drawn by lot.
 inline void start_copy(void* to, const void* from, bool exists) {
+  if (uintptr_t(to) % 16 != 0 || (exists && uintptr_t(from) % 16 != 0)) fail("cp.async: an address not aligned to 16 bytes");
   AsyncCopy copy = {to, from, exists, draw_early()};
   if (copy.landed) land(copy);
   self().copies.back().push_back(copy);

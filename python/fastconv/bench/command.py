@@ -109,9 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="ops, models, 'model NAME …' or 'call'")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: fastconv.cuda on a fixed set of layers"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: layers and models on a GPU")
     parser.add_argument("--shape", action="append", default=[], help="a shape string; may be repeated")
     parser.add_argument(
         "--batch", type=numbers, help="batch sizes, such as 1,8 (models: default 1; shapes: their own n)"
@@ -182,10 +180,13 @@ def _names(*known: str) -> Any:
 
 def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     if args.device == "cuda":
-        if args.targets or args.dtype == "f64":
-            raise UsageError("--device cuda has its own layers, in f32, bf16 or f16: expected no target and no f64")
         from fastconv.bench import gpu
+        from fastconv.bench.gpu_cases import FAMILIES
 
+        if not set(args.targets) <= set(FAMILIES) or args.dtype == "f64":
+            raise UsageError(
+                f"--device cuda has its own layers, in f32, bf16 or f16: expected some of {', '.join(FAMILIES)}, no f64"
+            )
         return gpu.run(args, words)
     if not args.targets:
         raise UsageError("expected a target: see fastconv bench --help")

@@ -1,13 +1,15 @@
-"""`fastconv bench --device cuda`: fastconv.cuda against torch on layers of ResNet-50 and MobileNet, by CUDA events.
+"""`fastconv bench --device cuda`: fastconv on a GPU against torch in every way that it has, by CUDA events.
 
 No machine with a GPU has run it yet. Each sample starts with a cold L2 cache, contestants take turns, and what the machine can
-do, a copy and a large bf16 product, is measured in the same run.
+do, a copy and a large bf16 product, is measured in the same run. Python's time is not measured: the GPU is kept asleep until all
+of a sample's work is in its queue. Where that takes longer than the longest sleep, the sample says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -15,16 +17,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import fastconv
 from fastconv.bench import context
-from fastconv.testing.grids import layers
-from fastconv.testing.problems import ConvCase
+from fastconv.bench.gpu_cases import FAMILIES, Row
 
 # More than the L2 cache of any GPU so far: 50 MB on an H100, 126 on a B200.
 FLUSHED = 256 << 20
+# Cycles that the GPU sleeps, at first and at most: 0.5 ms and 0.5 s at 2 GHz.
+SLEEP, LONGEST = 1 << 20, 1 << 30
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -47,80 +48,111 @@ def clocks() -> str:
     return subprocess.run([tool, query, "--format=csv"], capture_output=True, text=True).stdout
 
 
-def seconds(calls: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Samples of each call, taken in turns."""
-    flushed = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+class Clock:
+    """Seconds of the GPU, without those that it waits for Python."""
+
+    def __init__(self) -> None:
+        self._flushed = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+        self._sleep = SLEEP
+
+    def time(self, call: Callable[[], object]) -> tuple[float, bool]:
+        """One sample, and whether the GPU waited for Python within it."""
+        while True:
+            asleep, begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            torch.cuda._sleep(self._sleep)
+            asleep.record()
+            self._flushed.zero_()
+            begin.record()
+            call()
+            end.record()
+            waited = asleep.query()
+            torch.cuda.synchronize()
+            if not waited or self._sleep >= LONGEST:
+                return begin.elapsed_time(end) / 1e3, waited
+            self._sleep *= 2
+
+
+def seconds(
+    clock: Clock, calls: dict[str, Callable[[], object]], repetitions: int
+) -> tuple[dict[str, list[float]], set[str]]:
+    """Samples of each call, taken in turns, and whose include time that the GPU waited for Python."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for name in [name for _ in range(repetitions + 2) for name in calls]:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flushed.zero_()
-        begin.record()
-        calls[name]()
-        end.record()
-        torch.cuda.synchronize()
-        samples[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: times[2:] for name, times in samples.items()}  # the first two warm up, and cuDNN tries its algorithms
+    waiting = set()
+    for turn in range(repetitions + 2):  # the first two warm up, and cuDNN tries its algorithms
+        for name, call in calls.items():
+            took, waited = clock.time(call)
+            if turn >= 2:
+                samples[name].append(took)
+                waiting |= {name} if waited else set()
+    return samples, waiting
 
 
-def ceilings(repetitions: int) -> dict[str, float]:
+def ceilings(clock: Clock, repetitions: int) -> dict[str, float]:
     """Bytes a second of a copy, read and write, and flops a second of a bf16 product."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    times = seconds({"copy": lambda: target.copy_(source), "product": lambda: a @ a}, repetitions)
+    times, _ = seconds(clock, {"copy": lambda: target.copy_(source), "product": lambda: a @ a}, repetitions)
     return {
         "copy_bytes_per_second": 2 * source.numel() / statistics.median(times["copy"]),
         "product_flops_per_second": 2 * 8192.0**3 / statistics.median(times["product"]),
     }
 
 
-def layer(case: ConvCase, batch: int, dtype: torch.dtype, backward: bool) -> dict[str, Callable[[], object]]:
-    """One convolution, or its two gradients, by fastconv and by torch in both of its formats."""
-
-    def call(convolve: Callable[..., Tensor], last: bool) -> Callable[[], object]:
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        shapes = (batch, *case.x_shape[1:]), case.w_shape
-        x, w = (torch.randn(s, device="cuda", dtype=dtype).to(memory_format=memory_format) for s in shapes)
-        options: Any = {"stride": case.stride, "padding": (case.pad4[0], case.pad4[2]), "groups": case.groups}
-        if not backward:
-            return lambda: convolve(x, w, **options)
-        y = convolve(x.requires_grad_(), w.requires_grad_(), **options)
-        dy = torch.randn_like(y)
-        return lambda: torch.autograd.grad(y, (x, w), dy, retain_graph=True)
-
-    last = case.layout == "nhwc"
-    ours = call(fastconv.cuda.conv2d, last)
-    return {"fastconv": ours, "torch": call(F.conv2d, False), "torch channels_last": call(F.conv2d, True)}
+def summary(row: Row, medians: dict[str, float], most: dict[str, float]) -> dict[str, float]:
+    """fastconv's seconds, its speed next to torch's best, and its share of what the machine can do (NaN for a whole model)."""
+    ours = medians["fastconv"]
+    theirs = min((t for name, t in medians.items() if name.startswith("torch")), default=math.nan)
+    least = max(row.bytes / most["copy_bytes_per_second"], row.flops / most["product_flops_per_second"])
+    return {"seconds": ours, "times_torch": theirs / ours, "share": least / ours if least else math.nan}
 
 
 def run(args: argparse.Namespace, words: Any) -> int:
-    """Times every layer, prints a table and writes the samples to --json. 2, with the reason, where there is no GPU."""
+    """Times every row of the families asked for, prints a table and writes the samples to --json.
+
+    2, with the reason, where there is no GPU.
+    """
     reason = why_not()
     if reason:
         print(f"fastconv bench --device cuda: nothing to measure here: {reason}")
         return 2
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    clock = Clock()
     document: dict[str, Any] = {
         "context": context.collect(words, args.seed),
         "gpu": str(torch.cuda.get_device_properties(0)),
         "clocks_before": clocks(),
-        "ceilings": ceilings(args.repetitions),
+        "ceilings": ceilings(clock, args.repetitions),
         "results": [],
     }
     print(document["gpu"], document["ceilings"])
-    for batch in args.batch or (64,):
-        for case in layers():
-            for direction in ("fwd", "bwd"):
-                calls = layer(case, batch, DTYPES[args.dtype], direction == "bwd")
-                times = seconds(calls, args.repetitions)
-                medians = {name: statistics.median(samples) for name, samples in times.items()}
-                ratio = min(medians["torch"], medians["torch channels_last"]) / medians["fastconv"]
-                print(f"{direction} n{batch} {case}: {medians['fastconv'] * 1e6:.1f} us, {ratio:.2f} of torch's speed")
-                document["results"].append(
-                    {"case": str(case), "batch": batch, "direction": direction, "samples": times}
-                )
-    document["clocks_after"] = clocks()
-    if args.json:
-        args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    try:
+        for family in args.targets or FAMILIES:
+            for batch in args.batch or (64,):
+                for row in FAMILIES[family](batch, DTYPES[args.dtype]):
+                    document["results"].append(
+                        _measured(clock, family, batch, row, args.repetitions, document["ceilings"])
+                    )
+    finally:
+        fastconv.set_cuda(False)
+        document["clocks_after"] = clocks()
+        if args.json:  # what there is, also of a run that was cut short
+            args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
     return 0
+
+
+def _measured(
+    clock: Clock, family: str, batch: int, row: Row, repetitions: int, most: dict[str, float]
+) -> dict[str, Any]:
+    times, waiting = seconds(clock, row.calls, repetitions)
+    found = summary(row, {name: statistics.median(samples) for name, samples in times.items()}, most)
+    late = f", waited for Python: {', '.join(sorted(waiting))}" if waiting else ""
+    print(
+        f"{family} {row.direction} n{batch} {row.name}: {found['seconds'] * 1e6:.1f} us, {found['times_torch']:.2f} of torch's "
+        f"speed, {found['share']:.0%} of the ceiling{late}"
+    )
+    return {
+        "family": family, "case": row.name, "batch": batch, "direction": row.direction, "bytes": row.bytes,
+        "flops": row.flops, "samples": times, "waited_for_python": sorted(waiting),
+    }  # fmt: skip
