@@ -309,6 +309,8 @@ def test_what_has_no_kernel_goes_to_torch_or_is_an_error(to: To, monkeypatch: py
     with pytest.raises(NotImplementedError, match=r"fastconv\.cuda\.conv2d has no kernel for this call: dtype float64"):
         fastconv.cuda.conv2d(x, w)
     x, w = to(randn(2, 4, 6, 5)), to(randn(6, 4, 3, 3))
+    with pytest.raises(NotImplementedError, match="weight is on cpu, other operands on cuda:0"):
+        F.conv2d(x, here(w))
     with pytest.raises(NotImplementedError, match="where batch_norm has no kernel"):
         F.batch_norm(x, None, None, training=True)
     monkeypatch.setattr(_gpu, "_why_not", lambda device: f"GPU {device} is sm_70")
