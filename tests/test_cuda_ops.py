@@ -1,6 +1,5 @@
-"""fastconv.functional, layers and models on CUDA tensors, after `set_cuda(True)`: stand-ins for them on the emulated kernels.
-
-What runs here on a GPU is in test_cuda.py; that it goes there at all, with which derivatives and dtypes, needs none.
+"""fastconv.functional, layers and models on CUDA tensors, after `set_cuda(True)`: on stand-ins for them with the emulated kernels
+(fake_cuda.py), and for real where there is a GPU.
 """
 
 from __future__ import annotations
@@ -20,29 +19,45 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastconv
 import fastconv.functional as F
 from fastconv import _attention, _fused, _gpu, control, fallback
-from fastconv.ops import _cuda
+from fastconv.ops import _cuda, _cuda_launch
 from fastconv.ops._packed import PackedFilters
 from fastconv.testing import emulator
 
-pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="needs a host compiler")
+GPU = any(kernel.target == "sm80" and kernel.runnable for kernel in fastconv.kernels()) and torch.cuda.is_available()
+NO_GPU = pytest.mark.skipif(not GPU, reason="needs a GPU, a CUDA torch and a build with nvcc")
+DEVICES = [
+    pytest.param("emulated", marks=pytest.mark.skipif(emulator.compiler() is None, reason="needs a host compiler")),
+    pytest.param("cuda", marks=NO_GPU),
+]
 
-To = Callable[[Tensor], Tensor]
+To = Callable[[Any], Any]
 
 
-@pytest.fixture
-def to(request: pytest.FixtureRequest, fake_cuda: ModuleType) -> Iterator[To]:
-    """Brings a tensor to a GPU whose kernels answer, or nobody does."""
+@contextmanager
+def kernels_answer() -> Iterator[None]:
+    """On a GPU our kernels answer, in whole float32, or nobody does."""
     before = torch.backends.cudnn.allow_tf32
     torch._C._set_cudnn_allow_tf32(False)
     fastconv.set_cuda(True)
     fastconv.set_fallback("error")
+    _cuda_launch.planned.cache_clear()
     try:
-        with fake_cuda.device(emulator.Emulator(request.getfixturevalue("cuda_library"))):
-            yield fake_cuda.FakeCuda
+        yield
     finally:
         fastconv.set_fallback("warn")
         fastconv.set_cuda(False)
         torch._C._set_cudnn_allow_tf32(before)
+
+
+@pytest.fixture(params=DEVICES)
+def to(request: pytest.FixtureRequest, fake_cuda: ModuleType) -> Iterator[To]:
+    """Brings a tensor or a module there."""
+    with kernels_answer():
+        if request.param == "cuda":
+            yield lambda what: what.cuda()
+            return
+        with fake_cuda.device(emulator.Emulator(request.getfixturevalue("cuda_library"))):
+            yield lambda what: fake_cuda.FakeCuda(what) if isinstance(what, Tensor) else fake_cuda.to_fake(what)
 
 
 def randn(*shape: int) -> Tensor:
@@ -51,7 +66,7 @@ def randn(*shape: int) -> Tensor:
 
 def here(t: Tensor) -> Tensor:
     t = t.detach()
-    return getattr(t, "held", t)
+    return getattr(t, "held", t).cpu()
 
 
 def close(ours: Tensor, theirs: Tensor, bits: int = 24) -> None:
@@ -168,6 +183,25 @@ def test_a_traced_model_holds_the_ops(to: To) -> None:
     assert {"fastconv.conv2d_fwd.default", "fastconv.adaptive_avg_pool2d_fwd.default"} <= called
 
 
+@NO_GPU
+def test_compiled_and_captured() -> None:
+    x, other, w = (randn(*shape).cuda() for shape in ((2, 8, 6, 5), (2, 8, 6, 5), (8, 8, 3, 3)))
+
+    def network(x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(torch.relu(F.conv2d(x, w)), 1)
+
+    with kernels_answer(), fastconv.observe() as seen:
+        expected = network(other)
+        torch.testing.assert_close(torch.compile(network, fullgraph=True)(other), expected)
+        assert len(seen) == 4
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = network(x)
+        x.copy_(other)
+        graph.replay()
+        torch.testing.assert_close(y, expected)
+
+
 def test_an_implementation_for_every_op() -> None:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     ops = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastconv::")}
@@ -244,7 +278,7 @@ def test_calls_are_seen(to: To, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 # ---- Models -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_converted_model_trains_like_torchs(to: To, fake_cuda: ModuleType) -> None:
+def test_a_converted_model_trains_like_torchs(to: To) -> None:
     torch.manual_seed(0)
     layers: list[torch.nn.Module] = [
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Conv2d(8, 8, 3, groups=8),
@@ -253,7 +287,7 @@ def test_a_converted_model_trains_like_torchs(to: To, fake_cuda: ModuleType) -> 
     theirs = torch.nn.Sequential(*layers).double()
     ours = copy.deepcopy(theirs).float()
     fastconv.convert(ours)
-    fake_cuda.to_fake(ours)
+    to(ours)
     x = randn(2, 3, 10, 10)
     with fastconv.observe() as seen:
         ours(to(x)).square().sum().backward()
@@ -266,7 +300,7 @@ def test_a_converted_model_trains_like_torchs(to: To, fake_cuda: ModuleType) -> 
         close(p.grad, q.grad, 18)
 
 
-def test_a_transformer_of_ours(to: To, fake_cuda: ModuleType) -> None:
+def test_a_transformer_of_ours(to: To) -> None:
     torch.manual_seed(0)
     theirs, ours = (
         module.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
@@ -275,7 +309,7 @@ def test_a_transformer_of_ours(to: To, fake_cuda: ModuleType) -> None:
     ours.load_state_dict(theirs.state_dict())
     x = randn(2, 5, 16)
     with torch.no_grad():
-        close(fake_cuda.to_fake(ours)(to(x)), theirs.double()(x.double()), 18)
+        close(to(ours)(to(x)), theirs.double()(x.double()), 18)
 
 
 # ---- Who answers ------------------------------------------------------------------------------------------------------------
