@@ -48,12 +48,8 @@ class FakeCuda(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastconv":
-            # The dispatcher leaves out what the schema has by default.
-            args = (*args, *(a.default_value for a in func._schema.arguments[len(args) :]))
-            call = _cuda.IMPLEMENTATIONS[func._schema.name.removeprefix("fastconv::")]
-        else:
-            call = func
+        ours = func.namespace == "fastconv"
+        call = _cuda.IMPLEMENTATIONS[func._schema.name.removeprefix("fastconv::")] if ours else func
         changed = {id(t.held): t for t in args if isinstance(t, FakeCuda)}
         args, kwargs = tree_map(_unwrap, (args, kwargs or {}))
         # An operation in place answers with the tensor that it was given.

@@ -345,6 +345,9 @@ def test_what_has_no_kernel_goes_to_torch_or_is_an_error(to: To, monkeypatch: py
     x, w = to(randn(2, 4, 6, 5)), to(randn(6, 4, 3, 3))
     with pytest.raises(NotImplementedError, match="weight is on cpu, other operands on cuda:0"):
         F.conv2d(x, here(w))
+    _, indices = F.max_pool2d(x, 2, return_indices=True)
+    with pytest.raises(NotImplementedError, match="max_pool2d_bwd on cuda: got no windows"):
+        torch.ops.fastconv.max_pool2d_bwd(indices.float(), indices, [2, 4, 6, 5], False)
     with pytest.raises(NotImplementedError, match="where batch_norm has no kernel"):
         F.batch_norm(x, None, None, training=True)
     monkeypatch.setattr(_gpu, "_why_not", lambda device: f"GPU {device} is sm_70")

@@ -206,7 +206,7 @@ def _adaptive_max_pool2d_fwd(x: Tensor, output_size: Any) -> tuple[Tensor, Tenso
     return _max_fwd(x, (*x.shape[:2], *output_size), _ADAPTIVE)
 
 
-def _max_pool2d_bwd(grad: Tensor, indices: Tensor, x_size: Any, channels_last: bool, windows: Any) -> Tensor:
+def _max_pool2d_bwd(grad: Tensor, indices: Tensor, x_size: Any, channels_last: bool, windows: Any = ()) -> Tensor:
     if not windows:
         raise NotImplementedError("fastconv::max_pool2d_bwd on cuda: got no windows, which its kernel has to know")
     if grad.stride() != indices.stride():  # the kernel walks both with one set of strides
