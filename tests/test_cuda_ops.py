@@ -300,6 +300,31 @@ def test_a_converted_model_trains_like_torchs(to: To) -> None:
         close(p.grad, q.grad, 18)
 
 
+def test_a_fused_model_leaves_norms_additions_and_activations_to_its_kernels(to: To) -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = (
+                torch.nn.Conv2d(8, 8, 3, padding=1),
+                torch.nn.BatchNorm2d(8),
+                torch.nn.Linear(8, 4),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return T.gelu(self.head(T.relu(self.norm(self.conv(x)) + x).mean((2, 3))))
+
+    torch.manual_seed(0)
+    theirs = Block().eval()
+    theirs.norm.running_var.uniform_(0.5, 2)
+    x = randn(2, 8, 6, 5)
+    expected = theirs.double()(x.double())
+    with torch.no_grad():
+        fused = fastconv.fuse(to(theirs.float()))
+        with fastconv.observe() as seen:
+            close(fused(to(x)), expected, 18)
+    assert [r.op for r in seen] == ["conv2d_fwd"] * 2
+
+
 def test_a_transformer_of_ours(to: To) -> None:
     torch.manual_seed(0)
     theirs, ours = (
