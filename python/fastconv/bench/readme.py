@@ -93,7 +93,7 @@ def _machine(documents: Sequence[Record]) -> str:
 def _layers(layers: Sequence[Row]) -> str:
     """One table a run and thread count: a line for each kind of layer and pass, three columns for each layout."""
     parts = []
-    head = ["layers", "pass", ">", ">NHWC × torch", ">lowest", ">of peak", ">NCHW × torch", ">lowest", ">of peak"]
+    head = ["layers", "pass", ">", ">NHWC × torch", ">lowest", ">of bound", ">NCHW × torch", ">lowest", ">of bound"]
     plain = [row for row in layers if row.entry["algorithm"] == "auto"]
     key = attrgetter("run", "threads", "isa")
     for (run, threads, isa), part in grouped(plain, key).items():
@@ -112,8 +112,9 @@ def _layers(layers: Sequence[Row]) -> str:
         parts.append(f"{title}\n\n{_table(head, lines)}")
     note = (
         "× torch: geometric mean, over the layers as often as the model has them, of the time of the better of torch's "
-        "two formats (contiguous, channels_last) divided by fastconv's; above 1, fastconv is faster. Of peak: median "
-        "share of the FMA peak (pools: of a copy of as many bytes) measured between the samples."
+        "two formats (contiguous, channels_last) divided by fastconv's; above 1, fastconv is faster. Of bound: median share "
+        "of the tighter of two ceilings measured between the samples, the FMA peak or (*copy*, where it is that for all) a "
+        "copy of as many bytes. ≈: the row, or more than half of the rows of a mean, moved by more than 10 % meanwhile."
     )
     return "\n\n".join([*parts, note]) if parts else ""
 
@@ -128,11 +129,20 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _layout_cells(kind: Sequence[Row], layout: str) -> list[str]:
     halves = by_layout(kind)
     figures = group(halves.get(layout, halves.get("", [])))
-    shares = figures.peak_shares or figures.copy_shares
     if not figures.distinct:
         return ["", "", ""]
-    ratios = ["", ""] if math.isnan(figures.mean) else [f"{figures.mean:.2f}", f"{figures.lowest:.2f}"]
-    return [*ratios, f"{statistics.median(shares):.0%}" if shares else ""]
+    ratios = ["", ""]
+    if not math.isnan(figures.mean):
+        ratios = [
+            _figure(figures.mean, 2 * figures.noisy > figures.distinct),
+            _figure(figures.lowest, figures.lowest_noisy),
+        ]
+    share = f"{statistics.median(figures.bound_shares):.0%}" if figures.bound_shares else ""
+    return [*ratios, share + " copy" * figures.by_bytes]
+
+
+def _figure(value: float, noisy: bool, digits: int = 2) -> str:
+    return f"{'≈' * noisy}{value:.{digits}f}"
 
 
 def _scaled(members: Sequence[Row]) -> str:
@@ -147,10 +157,12 @@ _ENGINES = {
     "openvino": "OpenVINO",
     "onnxruntime": "ONNX Runtime",
 }
+# torch's two formats share one column of ratios.
+_RATIOS = [who for who in _ENGINES if not who.startswith("torch")]
 
 
 def _models(models: Sequence[Row]) -> str:
-    """Times in milliseconds. A peer that was timed nowhere has no column."""
+    """Times in milliseconds, and the ratio to each peer. A peer that was timed nowhere has no column."""
     timed_somewhere = {c["who"] for row in models for c in row.match["contestants"] if "median_s" in c}
     engines = [who for who in _ENGINES if who in timed_somewhere]
     lines = []
@@ -160,7 +172,11 @@ def _models(models: Sequence[Row]) -> str:
         threads = row.entry["threads"]
         timed = {c["who"]: c for c in row.match["contestants"] if "median_s" in c and c["threads"] == threads}
         peers = [timed.get(who) for who in engines]
-        times = [f"{peer['median_s'] * 1e3:.1f}" if peer else "" for peer in [*peers, row.entry]]
+        times = [
+            _figure(peer["median_s"] * 1e3, peer["status"] == "noisy", 1) if peer else ""
+            for peer in [*peers, row.entry]
+        ]
+        ratios = row.entry.get("ratios", {})
         lines.append(
             [
                 row.match["shape"],
@@ -168,7 +184,8 @@ def _models(models: Sequence[Row]) -> str:
                 str(threads),
                 row.entry["layout"].upper(),
                 *times,
-                _bold(row.best_torch),
+                _bold(row.best_torch, row.noisy),
+                *(_bold(ratios.get(who), row.noisy_beside(who)) for who in _RATIOS if who in engines),
             ]
         )
     head = [
@@ -179,14 +196,15 @@ def _models(models: Sequence[Row]) -> str:
         *(f">{_ENGINES[who]}" for who in engines),
         ">fastconv",
         ">× torch",
+        *(f">× {_ENGINES[who]}" for who in _RATIOS if who in engines),
     ]
     return (
         f"**Whole models** (× torch: against the better of its two formats)\n\n{_table(head, lines)}" if lines else ""
     )
 
 
-def _bold(ratio: float | None) -> str:
-    return "" if ratio is None else f"**{ratio:.2f}**"
+def _bold(ratio: float | None, noisy: bool = False) -> str:
+    return "" if ratio is None else f"**{_figure(ratio, noisy)}**"
 
 
 def _calls(calls: Sequence[Row]) -> str:
@@ -195,7 +213,7 @@ def _calls(calls: Sequence[Row]) -> str:
         ratio = row.entry.get("ratios", {}).get("torch")
         if row.ok and ratio is not None and row.entry["layout"] == "nchw" and row.entry["threads"] == 1:
             ours = row.entry["median_s"] * 1e6
-            times = [f"{ours * ratio:.1f}", f"{ours:.1f}", _bold(ratio)]
+            times = [f"{ours * ratio:.1f}", f"{ours:.1f}", _bold(ratio, row.noisy_beside("torch"))]
             recorded = "recorded" if row.match["recorded"] else ""
             lines.append([row.match["op"], f"`{row.match['shape']}`", recorded, *times])
     head = ["op", "shape", "autograd", ">torch, µs", ">fastconv, µs", ">× torch"]
@@ -211,7 +229,7 @@ def _losses(members: Sequence[Row]) -> str:
     for row in lost:
         what = f"{row.match['op']} {row.match['direction']}" + (", recorded" if row.match["recorded"] else "")
         where = [row.entry["layout"].upper(), str(row.entry["threads"]), f"`{row.kernel}`"]
-        lines.append([f"{row.best_torch:.2f}", what, f"`{row.match['shape']}`", *where])
+        lines.append([_figure(row.best_torch or 0.0, row.noisy), what, f"`{row.match['shape']}`", *where])
     table = _table([">× torch", "op", "shape", "layout", ">threads", "kernel"], lines)
     summary = f"<summary>Slower than torch: {len(lost)} of {valid} rows</summary>"
     return f"<details>\n{summary}\n\n{table}\n\n</details>"
