@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 THEIR_OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
-    "fcn_resnet50": {"weights_backbone": None},
+    "fcn_resnet50": {"weights_backbone": None, "aux_loss": True},
 }
 SIZES = {"inception_v3": 107, "vit_b_16": 32}
 # With random weights these differ from themselves by more than 1e-4 in float32, NCHW against NHWC: see models/registry.py.

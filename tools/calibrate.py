@@ -99,9 +99,12 @@ def distinct_layers(names: Iterable[str]) -> list[ConvCase]:
 
 
 def problem(op: str, x: Tensor, w: Tensor, y: Tensor, case: ConvCase, frozen: bool) -> Any:
-    operands = [(tuple(t.shape), tuple(t.stride())) for t in (x, w, y)]
-    pad4 = (case.pad4[0], case.pad4[1], case.pad4[2], case.pad4[3])
-    return plan.conv2d_problem("f32", *operands, case.stride, pad4, case.dilation, case.groups, frozen=frozen)
+    def operand(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(t.shape), tuple(t.stride())
+
+    return plan.conv2d_problem(
+        "f32", operand(x), operand(w), operand(y), case.stride, case.pad4, case.dilation, case.groups, frozen=frozen
+    )
 
 
 def shaped(case: ConvCase, layout: str, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -273,8 +276,8 @@ def report(args: argparse.Namespace) -> None:
         f"{near} of {len(found)} ({100 * near / len(found):.1f} %) within {100 * (NEAR - 1):.0f} % of the fastest"
     )
     missed = sorted((v for v in found if v.loss > NEAR), key=lambda v: -v.loss)
-    for (chosen, fastest), count in Counter((v.chosen, v.fastest) for v in missed).most_common():
-        console.print(f"  {count:4d} x {chosen} where {fastest} is faster")
+    for (chosen, better), count in Counter((v.chosen, v.fastest) for v in missed).most_common():
+        console.print(f"  {count:4d} x {chosen} where {better} is faster")
     table = Table("loss", "op", "layer", "layout", "setting", "chosen", "fastest", "measured and predicted, µs")
     for v in missed[: args.misses]:
         detail = ", ".join(
