@@ -14,8 +14,8 @@ class Report:
 
     ``frozen`` names the convolutions and ``linears`` the linear layers that run with frozen weights, ``norms`` and ``residuals``
     those of them that took over a BatchNorm and an addition, and ``activations`` counts what they do behind that. ``left`` lists
-    such layers, norms, and activations after them that are as they were; ``untraced`` the modules that torch.fx could not follow,
-    whose parts were fused by themselves.
+    such layers, other convolutions, norms, and activations after them that are as they were; ``untraced`` the modules that
+    torch.fx could not follow, whose parts were fused by themselves.
     """
 
     model: str
