@@ -221,3 +221,20 @@ def test_models_have_a_ratio_to_every_engine() -> None:
     text = markdown([document([*peers, timed("fastconv", 0.04)], op="model", direction="infer", family="inference")])
     assert "| fastconv | × torch | × OpenVINO | × ONNX Runtime |" in text
     assert "| 80.0 | ≈20.0 | 60.0 | 40.0 | **2.00** | **≈0.50** | **1.50** |" in text
+
+
+def test_the_share_of_right_choices_is_a_line() -> None:
+    shares = [
+        {"op": "conv2d_fwd", "layout": "nhwc", "setting": "n1t1", "layers": 90, "near": 89},
+        {"op": "conv2d_wgrad", "layout": "nchw", "setting": "n8t2", "layers": 10, "near": 8},
+    ]
+    choices = {
+        "date": "2026-01-01T00:00:00",
+        "git": {"sha": "0" * 40, "dirty": False},
+        "within": 1.05,
+        "shares": shares,
+    }
+    text = markdown([document([timed("fastconv", 0.04)])], choices)
+    assert "On 97 of 100 layers (97.0%) the algorithm that is chosen takes at most 5% longer" in text
+    assert "on 80.0%, in `conv2d_wgrad, NCHW, n8t2`" in text
+    assert "Selection" not in markdown([document([timed("fastconv", 0.04)])])

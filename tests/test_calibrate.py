@@ -82,8 +82,11 @@ def test_lenet_is_measured_reported_and_fitted(
     kept = json.loads(file.read_text())["layers"]
     assert {key.split()[1] for key in kept} == {"n1c1h32k6r5", "n1c6h14k16r5"}
     assert all(seconds > 0 for settings in kept.values() for times in settings.values() for seconds in times.values())
-    calibrate.report(argparse.Namespace(file=file, misses=1))
+    calibrate.report(argparse.Namespace(file=file, misses=1, keep=True))
     assert "of 4 (" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert found["layers"] == kept
+    assert sum(share["layers"] for share in found["choices"]["shares"]) == 4
     factors.write_text("// a comment\n")
     calibrate.fit(argparse.Namespace(file=file, write=factors))
     lines = factors.read_text().splitlines()

@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=Path, action="append", required=True, help="a file of fastconv bench; repeatable"
     )
+    parser.add_argument("--selection", type=Path, help="a file of tools/calibrate.py, with the shares of its report")
     parser.add_argument(
         "--check", action="store_true", help="write nothing, exit with 1 if the table is not the files'"
     )
@@ -34,9 +35,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         documents = [load(path) for path in args.json]
         before = args.readme.read_text(encoding="utf-8")
-        after = replace_between(before, markdown(documents))
+        choices = json.loads(args.selection.read_text(encoding="utf-8"))["choices"] if args.selection else None
+        after = replace_between(before, markdown(documents, choices))
     except (OSError, ValueError) as error:
         print(f"fastconv bench readme: {error}", file=sys.stderr)
+        return 2
+    except KeyError:
+        print(f"fastconv bench readme: {args.selection} has no shares: calibrate.py report --keep", file=sys.stderr)
         return 2
     if args.check:
         return int(before != after)
@@ -62,13 +67,14 @@ def replace_between(text: str, table: str) -> str:
     return f"{head}{BEGIN}\n{table.strip()}\n{END}{tail}"
 
 
-def markdown(documents: Sequence[Record]) -> str:
-    """Machine, layers by kind, whole models, calls, and every row that torch wins or that did not count."""
+def markdown(documents: Sequence[Record], choices: Record | None = None) -> str:
+    """Machine, layers by kind, whole models, calls, selection, and every row that torch wins or that did not count."""
     members = [row for document in documents for row in rows(document)]
     layers = [row for row in members if row.match["op"] != "model" and not row.match["run"].startswith("call")]
     models = [row for row in members if row.match["op"] == "model"]
     calls = [row for row in members if row.match["run"].startswith("call")]
-    parts = [_machine(documents), _layers(layers), _models(models), _calls(calls), _losses(members), _invalid(members)]
+    parts = [_machine(documents), _layers(layers), _models(models), _calls(calls), _selection(choices)]
+    parts += [_losses(members), _invalid(members)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -218,6 +224,22 @@ def _calls(calls: Sequence[Row]) -> str:
             lines.append([row.match["op"], f"`{row.match['shape']}`", recorded, *times])
     head = ["op", "shape", "autograd", ">torch, µs", ">fastconv, µs", ">× torch"]
     return f"**What a call costs on a tiny problem**\n\n{_table(head, lines)}" if lines else ""
+
+
+def _selection(choices: Record | None) -> str:
+    """How often the algorithm that is chosen is as good as the fastest, in all and where it is least often."""
+    if choices is None:
+        return ""
+    shares, commit = choices["shares"], choices["git"]
+    near, count = (sum(share[key] for share in shares) for key in ("near", "layers"))
+    least = min(shares, key=lambda share: float(share["near"] / share["layers"]))
+    words = f"{least['op']}, {least['layout'].upper()}, {least['setting']}"
+    return (
+        f"**Selection.** On {near} of {count} layers ({near / count:.1%}) the algorithm that is chosen takes at most "
+        f"{choices['within'] - 1:.0%} longer than the fastest that accepts the layer; least often, on "
+        f"{least['near'] / least['layers']:.1%}, in `{words}` (n: batch, t: threads). Chosen {choices['date'][:10]}"
+        + (f", commit {commit['sha'][:10]}{' with changes' if commit['dirty'] else ''}." if commit else ".")
+    )
 
 
 def _losses(members: Sequence[Row]) -> str:
