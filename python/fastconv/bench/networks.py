@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -53,9 +53,11 @@ def layer_cases(
     ]
 
 
-def layers(model: str) -> list[tuple[str, Shape, str]]:
+@cache
+def layers(model: str) -> tuple[tuple[str, Shape, str], ...]:
     """(op, shape, name) of each convolution, pool and Linear in the order they run, for one sample, on meta."""
-    spec, found = models.spec(model), []
+    spec = models.spec(model)
+    found: list[tuple[str, Shape, str]] = []
     with torch.device("meta"):
         network = models.create(model, layers=nn).eval()
         sample = torch.empty(1, spec.in_channels, *spec.input_size)
@@ -73,7 +75,7 @@ def layers(model: str) -> list[tuple[str, Shape, str]]:
             watch(name, module)
     with torch.no_grad():
         network(sample)
-    return found
+    return tuple(found)
 
 
 def _problem(module: nn.Module, x: Tensor, y: Tensor) -> tuple[str, Shape]:
