@@ -14,10 +14,9 @@ class Report:
 
     ``frozen`` names the convolutions and ``linears`` the linear layers that run with frozen weights, ``norms`` and ``residuals``
     those of them that took over a BatchNorm and an addition. ``joined`` names the other BatchNorms that are one call with the
-    activation behind them, and ``grown`` the first of each chain of concatenations that is done in one memory.
-    ``activations`` counts what is done in those calls. ``left`` lists such layers, norms, and activations
-    after them that are as they were; ``untraced`` the modules that torch.fx could not follow, whose parts were fused by
-    themselves.
+    activation behind them, and ``grown`` the first of each chain of concatenations that is done in one memory. ``activations``
+    counts what is done in those calls. ``left`` lists such layers, other convolutions, norms, and activations after them that are
+    as they were; ``untraced`` the modules that torch.fx could not follow, whose parts were fused by themselves.
     """
 
     model: str
