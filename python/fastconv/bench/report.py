@@ -100,10 +100,10 @@ class Reporter:
         for (op, direction), part in grouped(members, lambda row: (row.match["op"], row.match["direction"])).items():
             self.say(f"\n{op} {direction} {part[0].match['dtype']}", "bold")
             micro = any(row.match["run"].startswith("call") for row in part)
-            columns = ["shape", "lay", ">T", "kernel", ">µs" if micro else ">ms", ">IQR", *_rate_columns(part)]
-            peers = _peers(part)
+            rates, peers = _rates(part), _peers(part)
+            columns = ["shape", "lay", ">T", "kernel", ">µs" if micro else ">ms", ">IQR", *rates]
             columns += [*(f">{_PEERS[peer]}" for peer in peers), ">err", "note"]
-            self.table(columns, [_cells(row, micro, peers) for row in part], [_style(row) for row in part])
+            self.table(columns, [_cells(row, micro, rates, peers) for row in part], [_style(row) for row in part])
 
     def summary(self, document: Record) -> None:
         """Geometric means, weighted totals, the share of layers slower than torch, and each of those by name."""
@@ -119,7 +119,7 @@ class Reporter:
                 if figures.distinct:
                     words = [run, direction, layout, *(word for word in (algorithm, isa) if word != "auto")]
                     lines.append([" ".join(words), str(threads), *_figures(figures)])
-        titles = "rows >T >geomean >lowest >slower >total_ms >torch_ms >ratio >%_of_peak >void"
+        titles = "rows >T >geomean >lowest >slower >total_ms >torch_ms >ratio >%_of_bound >noisy >void"
         self.table([title.replace("_", " ") for title in titles.split()], lines)
         self._thread_scaling(members)
         self._selection(members)
@@ -158,12 +158,13 @@ def _by_threads(speedups: Sequence[tuple[Row, float]]) -> dict[int, list[float]]
     return found
 
 
-def _rate_columns(part: Sequence[Row]) -> list[str]:
-    return [">GB/s", ">%copy"] if _by_bytes(part[0]) else [">GF/s", ">%peak"]
-
-
-def _by_bytes(row: Row) -> bool:
-    return not row.match["flops"]
+def _rates(part: Sequence[Row]) -> dict[str, str]:
+    """Column to the field of a row that it shows: operations, bytes, or both where a row may wait for either."""
+    by_bytes = {">GB/s": "gbs", ">%copy": "copy_share"}
+    if not part[0].match["flops"]:
+        return by_bytes
+    both = any(row.entry.get("copy_share") is not None for row in part)
+    return {">GF/s": "gflops", ">%peak": "peak_share"} | (by_bytes if both else {})
 
 
 def _peers(part: Sequence[Row]) -> list[str]:
@@ -172,24 +173,28 @@ def _peers(part: Sequence[Row]) -> list[str]:
     return [peer for peer in _PEERS if peer in timed or peer in ("torch", "torch_channels_last")]
 
 
-def _cells(row: Row, micro: bool, peers: Sequence[str]) -> list[str]:
+def _cells(row: Row, micro: bool, rates: dict[str, str], peers: Sequence[str]) -> list[str]:
     entry, ratios = row.entry, row.entry.get("ratios", {})
     if not row.ok:
-        blanks = [""] * (5 + len(peers))
-        return [*_identity(row), row.kernel, entry["status"].upper(), *blanks[:-1], entry["reason"]]
-    rate, share = ("gbs", "copy_share") if _by_bytes(row) else ("gflops", "peak_share")
+        blanks = [""] * (2 + len(rates) + len(peers))
+        return [*_identity(row), row.kernel, entry["status"].upper(), *blanks, entry["reason"]]
     error = entry["error"].get("ratio_to_torch")
     return [
         *_identity(row),
         row.kernel,
         f"{entry['median_s'] * (1e6 if micro else 1e3):.{1 if micro else 3}f}",
         f"{entry['iqr_share']:.0%}",
-        "" if entry[rate] is None else f"{entry[rate]:.1f}",
-        "" if entry[share] is None else f"{entry[share]:.0%}",
+        *(_rate(entry[field], title) for title, field in rates.items()),
         *(_ratio(ratios.get(peer)) for peer in peers),
         "exact" if entry["error"]["rel_l2"] == 0 else "" if error is None else f"{error:.2f}",
         _note(row),
     ]
+
+
+def _rate(value: float | None, title: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0%}" if "%" in title else f"{value:.1f}"
 
 
 def _what(row: Row) -> list[str]:
@@ -231,7 +236,7 @@ def _ratio(value: float | None) -> str:
 
 
 def _figures(figures: Group) -> list[str]:
-    shares = figures.peak_shares
+    shares = figures.bound_shares
     peak = f"{shares[0]:.0%} … {statistics.median(shares):.0%} … {shares[-1]:.0%}" if shares else ""
     compared = not math.isnan(figures.torch_s)
     return [
@@ -242,5 +247,6 @@ def _figures(figures: Group) -> list[str]:
         f"{figures.torch_s * 1e3:.2f}" if compared else "",
         f"{figures.torch_s / figures.total_s:.2f}×" if compared else "",
         peak,
+        str(figures.noisy),
         str(figures.invalid),
     ]
