@@ -1,14 +1,11 @@
 """fastconv bench lengths: time and peak memory of attention over its length, beside torch's two ways, as table and picture.
 
-Peak memory is what a call adds to the process's, result included. Scratch that fastconv's threads keep from one call to the next
-(up to 16 MB) counts where it is first needed, and so mostly at the shortest length.
+Peak memory is what a call adds to the process's, result and scratch included.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import statistics
@@ -22,7 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastconv
+from fastconv.bench.attention import torch_math
 from fastconv.bench.command import numbers
+from fastconv.bench.memory import peak_bytes
 from fastconv.testing.timing import Contestant, Protocol, interleave
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -43,28 +42,8 @@ def _theirs(backend: SDPBackend) -> Callable[..., Tensor]:
 CONTESTANTS: dict[str, Callable[..., Tensor]] = {
     "fastconv": fastconv.functional.scaled_dot_product_attention,
     "torch": _theirs(SDPBackend.FLASH_ATTENTION),
-    "torch MATH": _theirs(SDPBackend.MATH),
+    "torch MATH": torch_math,
 }
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """How far resident memory rises above what it was while `call` runs, from Linux's high-water mark; 0 where there is none."""
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of earlier calls would serve this one unseen
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
-    except (AttributeError, OSError):
-        return 0
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
 
 
 def measure(length: int, args: argparse.Namespace) -> list[Row]:
@@ -85,7 +64,7 @@ def measure(length: int, args: argparse.Namespace) -> list[Row]:
     scores = args.heads * length * length * operands[0].element_size()
     if scores * (4 if args.backward else 2) > _MOST_SCORES:
         del calls["torch MATH"]
-    peaks = {name: peak_bytes(run) for name, run in calls.items()}
+    peaks = {name: peak_bytes(run) or 0 for name, run in calls.items()}
     protocol = Protocol(
         repetitions=args.repetitions, max_repetitions=2 * args.repetitions, max_seconds=10, seed=args.seed
     )

@@ -23,6 +23,7 @@ Record = dict[str, Any]
 _PEERS = {
     "torch": "×nchw",
     "torch_channels_last": "×nhwc",
+    "torch_math": "×math",
     "compile": "×comp",
     "openvino": "×openvino",
     "onnxruntime": "×onnxrt",
@@ -101,9 +102,10 @@ class Reporter:
             self.say(f"\n{op} {direction} {part[0].match['dtype']}", "bold")
             micro = any(row.match["run"].startswith("call") for row in part)
             columns = ["shape", "lay", ">T", "kernel", ">µs" if micro else ">ms", ">IQR", *_rate_columns(part)]
-            peers = _peers(part)
-            columns += [*(f">{_PEERS[peer]}" for peer in peers), ">err", "note"]
-            self.table(columns, [_cells(row, micro, peers) for row in part], [_style(row) for row in part])
+            peers, weighed = _peers(part), _weighed(part)
+            columns += [*(f">{_PEERS[peer]}" for peer in peers), ">err"]
+            columns += [">MB" if who == "fastconv" else f">MB {_PEERS[who][1:]}" for who in weighed] + ["note"]
+            self.table(columns, [_cells(row, micro, peers, weighed) for row in part], [_style(row) for row in part])
 
     def summary(self, document: Record) -> None:
         """Geometric means, weighted totals, the share of layers slower than torch, and each of those by name."""
@@ -167,15 +169,29 @@ def _by_bytes(row: Row) -> bool:
 
 
 def _peers(part: Sequence[Row]) -> list[str]:
-    """torch's two formats, and the other peers that were timed."""
+    """torch's two formats, and the other peers that were timed; attention has but one format."""
     timed = {peer for row in part for peer in row.entry.get("ratios", {})}
-    return [peer for peer in _PEERS if peer in timed or peer in ("torch", "torch_channels_last")]
+    always = ("torch",) if part[0].match["op"] == "sdpa" else ("torch", "torch_channels_last")
+    return [peer for peer in _PEERS if peer in timed or peer in always]
 
 
-def _cells(row: Row, micro: bool, peers: Sequence[str]) -> list[str]:
+def _weighed(part: Sequence[Row]) -> list[str]:
+    """Whose peak memory was measured."""
+    found = {c["who"] for row in part for c in row.match["contestants"] if c.get("peak_bytes") is not None}
+    return [who for who in ("fastconv", *_PEERS) if who in found]
+
+
+def _megabytes(row: Row, who: str) -> str:
+    """Peak memory of this row, or of a peer with as many threads."""
+    entries = [row.entry] if who == "fastconv" else row.match["contestants"]
+    found = [c.get("peak_bytes") for c in entries if c["who"] == who and c["threads"] == row.threads]
+    return f"{found[0] / 2**20:.1f}" if found and found[0] is not None else ""
+
+
+def _cells(row: Row, micro: bool, peers: Sequence[str], weighed: Sequence[str]) -> list[str]:
     entry, ratios = row.entry, row.entry.get("ratios", {})
     if not row.ok:
-        blanks = [""] * (5 + len(peers))
+        blanks = [""] * (5 + len(peers) + len(weighed))
         return [*_identity(row), row.kernel, entry["status"].upper(), *blanks[:-1], entry["reason"]]
     rate, share = ("gbs", "copy_share") if _by_bytes(row) else ("gflops", "peak_share")
     error = entry["error"].get("ratio_to_torch")
@@ -188,6 +204,7 @@ def _cells(row: Row, micro: bool, peers: Sequence[str]) -> list[str]:
         "" if entry[share] is None else f"{entry[share]:.0%}",
         *(_ratio(ratios.get(peer)) for peer in peers),
         "exact" if entry["error"]["rel_l2"] == 0 else "" if error is None else f"{error:.2f}",
+        *(_megabytes(row, who) for who in weighed),
         _note(row),
     ]
 
