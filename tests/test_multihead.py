@@ -197,6 +197,20 @@ def test_an_encoder_of_ours_is_torch_s_in_training() -> None:
     assert type(mine.self_attn) is ours.MultiheadAttention
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_addition_and_its_norm_are_one_call(norm_first: bool) -> None:
+    layer = ours.TransformerEncoderLayer(12, 3, 20, 0.0, norm_first=norm_first)
+    residuals = []
+    for norm in (layer.norm1, layer.norm2):
+        norm.register_forward_hook(lambda module, args, result: residuals.append(len(args) == 2))
+    with fastconv.observe() as records:
+        layer(torch.randn(5, 2, 12))
+    assert residuals == ([False, True] if norm_first else [True, True])
+    assert [r.op for r in records].count("layer_norm_fwd") == 2
+    layer.norm2 = torch.nn.RMSNorm(12)
+    assert layer(torch.randn(5, 2, 12)).shape == (5, 2, 12)
+
+
 def test_subclasses_that_the_fast_path_would_bypass_are_reported() -> None:
     class Own(torch.nn.TransformerEncoderLayer):
         pass
