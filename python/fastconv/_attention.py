@@ -115,18 +115,19 @@ def scaled_dot_product_attention(
         "sinks": sinks, "return_lse": return_lse or None,
     }  # fmt: skip
     own = {name: value for name, value in given.items() if value is not None}
-    # A nested tensor's own attention is found by torch's function alone, as long as nobody has been asked about ours.
-    nested = any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value))
-    if not nested and (
-        has_torch_function_variadic(query, key, value)
-        or (has_torch_function_variadic(attn_mask) and not isinstance(attn_mask, CausalBias))
+    if has_torch_function_variadic(query, key, value) or (
+        has_torch_function_variadic(attn_mask) and not isinstance(attn_mask, CausalBias)
     ):
-        return overridden(  # type: ignore[no-any-return]
-            scaled_dot_product_attention,
-            _theirs,
-            tuple(t for t in (query, key, value, attn_mask) if t is not None),
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **own,
-        )  # fmt: skip
+        # A jagged tensor's own attention is found by torch's function alone, as long as nobody has been asked about ours.
+        with torch._C.DisableTorchFunctionSubclass():
+            jagged = any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value))
+        if not jagged:
+            return overridden(  # type: ignore[no-any-return]
+                scaled_dot_product_attention,
+                _theirs,
+                tuple(t for t in (query, key, value, attn_mask) if t is not None),
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **own,
+            )  # fmt: skip
     bias = attn_mask if isinstance(attn_mask, CausalBias) else None
     mask = None if bias is not None else attn_mask
     tensors = by_name(query, key, value, mask)
