@@ -85,35 +85,25 @@ struct ChannelBlocks {
 
 // --- transform: columns of a row of x to a line
 
-// kVectors vectors of each pixel, which are all full.
-template <class T, int kVectors>
-FC_INLINE void copy_pixels(const T* from, int64_t from_step, int64_t count, T* to, int64_t vector_step) {
-  for (int64_t j = 0; j < count; ++j) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(to + v * vector_step, load(from + v * kLanes<T>));
-    from += from_step, to += kLanes<T>;
-  }
-}
-
-// As many channels as filters, in their order.
+// As many channels as filters, in their order. Pixels are the outer loop, so that x is read from one end to the other, which is
+// what prefetchers follow: 96 channels of 112x112 took 1.2 times as long with four vectors of every pixel, then the next four.
 template <class T>
 FC_INLINE void copy_depthwise(const Conv2dProblem& a, const T* from, int64_t from_step, int64_t count, int64_t k0,
                               int64_t vectors, T* to, int64_t vector_step) {
   constexpr int kL = kLanes<T>;
   from += k0;
   const int last = int(clamp(a.K - k0 - (vectors - 1) * kL, 0, kL));
-  if (last < kL) {
-    --vectors;
-    for (int64_t j = 0; j < count; ++j) {
-      store(to + vectors * vector_step + j * kL, load(from + j * from_step + vectors * kL, last));
+  const int64_t full = last < kL ? vectors - 1 : vectors, tail = full % 4;
+  for (int64_t j = 0; j < count; ++j, from += from_step, to += kL) {
+    const T* x = from;
+    T* line = to;
+    for (int64_t v = full; v >= 4; v -= 4, x += 4 * kL, line += 4 * vector_step) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store(line + i * vector_step, load(x + i * kL));
     }
+    for (int64_t v = 0; v < tail; ++v, x += kL, line += vector_step) store(line, load(x));
+    if (full < vectors) store(line, load(x, last));
   }
-  for (; vectors >= 4; vectors -= 4, from += 4 * kL, to += 4 * vector_step) {
-    copy_pixels<T, 4>(from, from_step, count, to, vector_step);
-  }
-  if (vectors == 3) copy_pixels<T, 3>(from, from_step, count, to, vector_step);
-  if (vectors == 2) copy_pixels<T, 2>(from, from_step, count, to, vector_step);
-  if (vectors == 1) copy_pixels<T, 1>(from, from_step, count, to, vector_step);
 }
 
 // Which channel each lane of a vector of filters reads as its first input.

@@ -50,6 +50,77 @@ void store_sums(const T* sums, int width, int rows, const TileOutput<T>& out) {
 
 namespace {
 
+// Activations with an exponential, of `count` vectors in memory.
+template <class T>
+__attribute__((noinline)) void activate_all(Activation activation, int count, T* values) {
+  for (int i = 0; i < count; ++i) store(values + i * kLanes<T>, activate(activation, load(values + i * kLanes<T>)));
+}
+
+// The end of a tile that is one piece: `last` lanes of its last vector, all of them where it is `kWhole`, are columns of y.
+//
+// In registers, because that is as much work as it looks: by way of memory, with a switch for every vector, it took as long as 20
+// steps of the multiplication, and a 1x1 layer has 16 to 64 of them.
+template <class T, int kRows, int kVectors, bool kWhole>
+FC_INLINE void finish_tile(vec<T> (&sum)[kRows][kVectors], int last, const TileOutput<T>& out) {
+  constexpr int kL = kLanes<T>;
+  const auto read = [&](const T* from, int v) __attribute__((always_inline)) {
+    return kWhole || v + 1 < kVectors ? load(from + v * kL) : load(from + v * kL, last);
+  };
+  const auto for_each = [&](const auto& change) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = change(sum[m][v], m, v);
+    }
+  };
+  const int64_t offset = out.pieces[0].offset;
+  if (out.accumulate) {
+    for_each([&](vec<T> x, int m, int v) __attribute__((always_inline)) { return x + read(out.y[m] + offset, v); });
+  }
+  if (out.finish) {
+    if (out.column_bias) {
+      vec<T> bias[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) bias[v] = read(out.column_bias, v);
+      for_each([&](vec<T> x, int, int v) __attribute__((always_inline)) { return x + bias[v]; });
+    }
+    if (out.row_bias) {
+      for_each([&](vec<T> x, int m, int) __attribute__((always_inline)) { return x + set1(out.row_bias[m]); });
+    }
+    if (out.residual) {
+      for_each([&](vec<T> x, int m, int v) __attribute__((always_inline)) {
+        return x + read(out.residual + (out.y[m] - out.y_base) + offset, v);
+      });
+    }
+    if (out.activation == Activation::relu) {
+      for_each([&](vec<T> x, int, int) __attribute__((always_inline)) { return activate(Activation::relu, x); });
+    } else if (out.activation == Activation::relu6) {
+      for_each([&](vec<T> x, int, int) __attribute__((always_inline)) { return activate(Activation::relu6, x); });
+    } else if (out.activation != Activation::none) {
+      // One body for the whole tile: unrolled, the exp of every vector would be 20 KB of code in each of 40 tiles.
+      T whole[kRows * kVectors * kL];
+      for_each([&](vec<T> x, int m, int v) __attribute__((always_inline)) {
+        store(whole + (m * kVectors + v) * kL, x);
+        return x;
+      });
+      activate_all(out.activation, kRows * kVectors, whole);
+      for_each([&](vec<T>, int m, int v) __attribute__((always_inline)) { return load(whole + (m * kVectors + v) * kL); });
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+    T* y = out.y[m] + offset;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (kWhole || v + 1 < kVectors) {
+        store(y + v * kL, sum[m][v]);
+      } else {
+        store(y + v * kL, sum[m][v], last);
+      }
+    }
+  }
+}
+
 template <class T, int kRows, int kVectors>
 void tile(const TileInput<T>& in, const TileOutput<T>& out) {
   constexpr int kL = kLanes<T>;
@@ -99,9 +170,10 @@ void tile(const TileInput<T>& in, const TileOutput<T>& out) {
     }
   }
 
-  // Tiles with an edge: the sums go through memory, and from there piece by piece.
+  // Tiles of several pieces, or of columns with gaps: the sums go through memory, and from there piece by piece.
   const ColumnPiece& piece = out.pieces[0];
-  if (out.piece_count != 1 || piece.end != kVectors * kL || piece.step != 1) {
+  const int last = piece.end - (kVectors - 1) * kL;  // columns of the last vector
+  if (out.piece_count != 1 || piece.step != 1 || last < 1 || last > kL) {
     T edge[kRows * kVectors * kL];
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
@@ -110,34 +182,10 @@ void tile(const TileInput<T>& in, const TileOutput<T>& out) {
     }
     return store_sums(edge, kVectors * kL, kRows, out);
   }
-  if (out.accumulate) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[m][v] = sum[m][v] + load(out.y[m] + piece.offset + v * kL);
-    }
-  }
-  if (out.finish && (out.column_bias || out.row_bias || out.residual || out.activation != Activation::none)) {
-    // One epilogue body for the whole tile: unrolled, the exp of every vector would be 20 KB of code in each of 40 tiles.
-    T whole[kRows * kVectors * kL];
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(whole + (m * kVectors + v) * kL, sum[m][v]);
-    }
-    for (int m = 0; m < kRows; ++m) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t offset = piece.offset + v * kL;
-        const T* column_bias = out.column_bias ? out.column_bias + v * kL : nullptr;
-        store(out.y[m] + offset, finish(out, m, load(whole + (m * kVectors + v) * kL), column_bias, offset, 1, kL));
-      }
-    }
-    return;
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(out.y[m] + piece.offset + v * kL, sum[m][v]);
+  if (last == kL) {
+    finish_tile<T, kRows, kVectors, true>(sum, kL, out);
+  } else {
+    finish_tile<T, kRows, kVectors, false>(sum, last, out);
   }
 }
 

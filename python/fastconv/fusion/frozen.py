@@ -1,4 +1,4 @@
-"""A convolution and a linear layer whose weights do not change any more."""
+"""A convolution, a linear layer and a norm whose weights do not change any more."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from fastconv import _fused
+from fastconv._batch_norm import batch_norm
 from fastconv._folding import fold
 from fastconv._padding import SAME, Quad, same
 from fastconv.nn import ConvBnAct
@@ -47,6 +48,9 @@ class FrozenConv2d(torch.nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self._packed = PackedFilters()
+        # Where it does not depend on the input.
+        plain = self.sides is not None and self.padding_mode == "zeros"
+        self._geometry = (self.stride, cast(Quad, self.sides), self.dilation, self.groups) if plain else None
         self.eval()
 
     @classmethod
@@ -58,15 +62,20 @@ class FrozenConv2d(torch.nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q); ``residual`` is what can be added to the result."""
-        sides = self.sides
-        if sides is None:
-            sides = same(input.shape[-2:], self.weight.shape[-2:], self.stride, self.dilation)
-        elif self.padding_mode != "zeros":
-            top, bottom, left, right = sides
-            input = torch.nn.functional.pad(input, (left, right, top, bottom), mode=self.padding_mode)
-            sides = 0, 0, 0, 0
-        geometry = self.stride, sides, self.dilation, self.groups
-        return _fused.frozen_conv2d(input, self.weight, self.bias, self._packed, geometry, residual, self.activation)
+        # Not by name: torch finds a buffer only after Python has looked everywhere else, which takes as long as the call in C.
+        buffers = self._buffers
+        weight, bias = cast(Tensor, buffers["weight"]), buffers["bias"]
+        geometry = self._geometry
+        if geometry is None:
+            sides = self.sides
+            if sides is None:
+                sides = same(input.shape[-2:], weight.shape[-2:], self.stride, self.dilation)
+            else:
+                top, bottom, left, right = sides
+                input = torch.nn.functional.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+                sides = 0, 0, 0, 0
+            geometry = self.stride, sides, self.dilation, self.groups
+        return _fused.frozen_conv2d(input, weight, bias, self._packed, geometry, residual, self.activation)
 
     def extra_repr(self) -> str:
         K, C, R, S = self.weight.shape
@@ -100,8 +109,36 @@ class FrozenLinear(torch.nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., I) to (..., O); ``residual`` is what can be added to the result."""
-        return _fused.frozen_linear(input, self.weight, self.bias, self._packed, residual, self.activation)
+        buffers = self._buffers
+        weight, bias = cast(Tensor, buffers["weight"]), buffers["bias"]
+        return _fused.frozen_linear(input, weight, bias, self._packed, residual, self.activation)
 
     def extra_repr(self) -> str:
         O, I = self.weight.shape
         return f"{I}, {O}, bias={self.bias is not None}, activation={self.activation}"
+
+
+class FrozenNorm(torch.nn.Module):
+    """activation(norm(x)) in one pass over memory, for a BatchNorm2d in eval mode that no convolution stands before.
+
+    ``mean``, ``variance``, ``weight`` and ``bias`` (C) share the layer's memory; they are buffers that no state_dict shows.
+    """
+
+    def __init__(self, norm: torch.nn.BatchNorm2d, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.eps = norm.eps
+        columns = {"mean": norm.running_mean, "variance": norm.running_var, "weight": norm.weight, "bias": norm.bias}
+        with torch.inference_mode(False):
+            for name, column in columns.items():
+                self.register_buffer(name, None if column is None else column.detach(), persistent=False)
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        own = self._buffers
+        columns = own["mean"], own["variance"], own["weight"], own["bias"]
+        return batch_norm(input, *columns, eps=self.eps, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{cast(Tensor, self._buffers['mean']).numel()}, eps={self.eps}, activation={self.activation}"

@@ -13,15 +13,17 @@ class Report:
     """What was fused, and what was not.
 
     ``frozen`` names the convolutions and ``linears`` the linear layers that run with frozen weights, ``norms`` and ``residuals``
-    those of them that took over a BatchNorm and an addition, and ``activations`` counts what they do behind that. ``left`` lists
-    such layers, norms, and activations after them that are as they were; ``untraced`` the modules that torch.fx could not follow,
-    whose parts were fused by themselves.
+    those of them that took over a BatchNorm and an addition. ``joined`` names the other BatchNorms that are one call with the
+    activation behind them. ``activations`` counts what is done in those calls. ``left`` lists such layers, norms, and activations
+    after them that are as they were; ``untraced`` the modules that torch.fx could not follow, whose parts were fused by
+    themselves.
     """
 
     model: str
     frozen: list[str] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
+    joined: list[str] = field(default_factory=list)
     activations: Counter[str] = field(default_factory=Counter)
     residuals: list[str] = field(default_factory=list)
     left: list[Kept] = field(default_factory=list)
@@ -34,6 +36,8 @@ class Report:
         parts = [f"{_counted(count, what)} frozen" for what, count in counts.items() if count] or ["nothing frozen"]
         if self.norms or self.frozen:
             parts.append(f"{_counted(len(self.norms), 'norm')} folded")
+        if self.joined:
+            parts.append(f"{_counted(len(self.joined), 'norm')} joined with an activation")
         parts += [f"{count} {name}" for name, count in sorted(self.activations.items())]
         if self.residuals:
             parts.append(_counted(len(self.residuals), "residual addition"))

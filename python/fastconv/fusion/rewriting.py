@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from fastconv import nn
 from fastconv._folding import activation_called, activation_of, why_not_folded
 from fastconv.conversion import Kept
-from fastconv.fusion.frozen import FrozenConv2d, FrozenLinear
+from fastconv.fusion.frozen import FrozenConv2d, FrozenLinear, FrozenNorm
 from fastconv.fusion.report import Report
 
 _DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
@@ -77,7 +77,7 @@ class _Rewriting:
     def __init__(self, root: Module, graph: Graph, name: str, report: Report) -> None:
         self.root, self.graph, self.report, self.prefix = root, graph, report, f"{name}." if name else ""
         self.modules: dict[str, Module] = dict(root.named_modules(remove_duplicate=False))
-        self.frozen: dict[str, FrozenConv2d | FrozenLinear] = {}
+        self.frozen: dict[str, FrozenConv2d | FrozenLinear | FrozenNorm] = {}
         self.names: dict[tuple[Any, ...], str] = {}
 
     def run(self) -> GraphModule:
@@ -86,6 +86,8 @@ class _Rewriting:
         for node in list(self.graph.nodes):
             if isinstance(self._module(node), LAYERS):
                 self._freeze(node)
+        for node in list(self.graph.nodes):
+            self._join_norm(node)
         for node in self.graph.nodes:
             self._list_if_left(node)
         parts: dict[str, Any] = {str(node.target): self._module(node) for node in self._nodes("call_module")}
@@ -242,6 +244,26 @@ class _Rewriting:
             return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
         return False
 
+    def _join_norm(self, node: Node) -> None:
+        """Makes a norm that no convolution took, and the activation behind it, one call."""
+        module, user = self._module(node), _only_user(node)
+        name = None if user is None else self._activation(user)
+        if user is None or name is None or len(node.args) != 1 or node.kwargs:
+            return
+        if not isinstance(module, torch.nn.BatchNorm2d) or special(module) or why_not_folded(module):
+            return
+        key = id(module), name
+        if key not in self.names:
+            self.names[key] = self._new_name(str(node.target))
+            self.frozen[self.names[key]] = FrozenNorm(module, name)
+        with self.graph.inserting_before(node):
+            call = self.graph.call_module(self.names[key], node.args)
+        user.replace_all_uses_with(call)
+        self.graph.erase_node(user)
+        self.graph.erase_node(node)
+        self.report.joined.append(f"{self.prefix}{node.target}")
+        self.report.activations[name] += 1
+
     # ---- Results ----------------------------------------------------------------------------------------------------------
 
     def _frozen(self, chain: _Chain) -> str:
@@ -249,13 +271,17 @@ class _Rewriting:
         target = str(chain.nodes[0].target)
         key = id(chain.layer), id(chain.norm), chain.activation
         if key not in self.names:
-            self.names[key] = f"frozen_{len(self.names)}.{target}"
+            self.names[key] = self._new_name(target)
             self.frozen[self.names[key]] = (
                 FrozenConv2d(chain.layer, chain.norm, chain.activation)
                 if isinstance(chain.layer, torch.nn.Conv2d)
                 else FrozenLinear.of(chain.layer, chain.activation)
             )
         return self.names[key]
+
+    def _new_name(self, target: str) -> str:
+        # Flat: every dot is a lookup that misses first, in each call of the model.
+        return f"frozen_{len(self.names)}_{target.replace('.', '_')}"
 
     def _count(self, chain: _Chain) -> None:
         name = self.prefix + str(chain.nodes[0].target)
