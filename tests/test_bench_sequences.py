@@ -79,7 +79,7 @@ def test_masked_attention(mask: str, direction: str) -> None:
 
 def test_one_mask_at_a_time() -> None:
     for text in ("h2q8d8+causal+bool", "h2q8d8+sliding"):
-        with pytest.raises(ValueError, match="only one of"):
+        with pytest.raises(ValueError, match=r"only \+causal or one of \+bool"):
             parse_sdpa(text)
 
 

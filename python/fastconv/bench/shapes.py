@@ -163,7 +163,7 @@ def parse_sdpa(text: str) -> SdpaShape:
     fields, extras = _split(text, known="nhgqkdv", needed="hqd")
     words = extras.split("+")[1:]
     if extras and (len(words) != 1 or words[0] not in ("causal", *MASKS)):
-        raise ValueError(f"shape {text!r}: only one of +causal, +{', +'.join(MASKS)} can be timed, got {extras!r}")
+        raise ValueError(f"shape {text!r}: only +causal or one of +{', +'.join(MASKS)} can be timed, got {extras!r}")
     f = {"n": "1", "g": fields["h"], "k": fields["q"], "v": fields["d"]} | fields
     n, h, g, q, k, d, v = (int(f[letter]) for letter in "nhgqkdv")
     causal = words == ["causal"]
