@@ -1,9 +1,10 @@
 // The depthwise and grouped forward convolution, whose groups are too small for a matrix multiplication; also their input
 // gradient, when its phases are asked of it.
 //
-// Two loop nests: vectors over channels where channels are contiguous (depthwise_channels.cpp), for any number of channels in a
-// group, and vectors along the row (depthwise_rows.cpp), for one channel in a group and any strides. Planes go through the first
-// by way of pixel_stage.h where that is faster.
+// Three loop nests: vectors over channels where channels are contiguous (depthwise_channels.cpp), for any number of channels in a
+// group; the same on pixels where they lie (depthwise_pixels.cpp), for small filters; and vectors along the row
+// (depthwise_rows.cpp), for one channel in a group and any strides. Planes go through the first two by way of pixel_stage.h where
+// that is faster.
 #pragma once
 
 #include "cpu/blocks/conv2d_geometry.h"
@@ -48,6 +49,21 @@ extern template void depthwise_rows_run<float>(const Conv2dProblem&, const Conv2
 extern template void depthwise_rows_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 extern template int64_t depthwise_rows_workspace<float>(const Conv2dProblem&, const Machine&);
 extern template int64_t depthwise_rows_workspace<double>(const Conv2dProblem&, const Machine&);
+
+// Whether the pixels need not be copied.
+template <class T>
+bool depthwise_in_place(const Conv2dProblem& a);
+template <class T>
+void depthwise_pixels_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
+template <class T>
+int64_t depthwise_pixels_workspace(const Conv2dProblem& a, const Machine& machine);
+
+extern template bool depthwise_in_place<float>(const Conv2dProblem&);
+extern template bool depthwise_in_place<double>(const Conv2dProblem&);
+extern template void depthwise_pixels_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template void depthwise_pixels_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template int64_t depthwise_pixels_workspace<float>(const Conv2dProblem&, const Machine&);
+extern template int64_t depthwise_pixels_workspace<double>(const Conv2dProblem&, const Machine&);
 
 // The input gradient in NHWC.
 template <class T>

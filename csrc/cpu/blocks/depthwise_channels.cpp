@@ -338,6 +338,7 @@ __attribute__((noinline)) void multiply_apart(const PixelRow<T>& whole, RowFunct
 // that a thread walks down the ring.
 template <class T>
 void depthwise_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  if (depthwise_in_place<T>(a)) return depthwise_pixels_run<T>(a, args, context);
   constexpr int kL = kLanes<T>;
   const Layout<T> layout(a);
   const ChannelBlocks<T>& blocks = layout.blocks;
@@ -416,6 +417,7 @@ void depthwise_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, cons
 
 template <class T>
 int64_t depthwise_channels_workspace(const Conv2dProblem& a, const Machine& machine) {
+  if (depthwise_in_place<T>(a)) return depthwise_pixels_workspace<T>(a, machine);
   return machine.threads * scratch_bytes<T>(a, Layout<T>(a));
 }
 
