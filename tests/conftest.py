@@ -1,17 +1,23 @@
 """Tests that take a `kernel` run once for each kernel of fastconv, by its name; `ops` says of which operations.
 
-test_kernels, test_memory, test_bits, test_acceptance, test_harness, test_reference and test_layout need NumPy only.
+test_kernels, test_memory, test_bits, test_acceptance, test_harness and its gradients, test_reference and test_layout need NumPy
+only.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from fastconv.testing import emulator, harness
+from fastconv.testing import emulator, fill, grids, harness
+from fastconv.testing.problems import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 # Under AddressSanitizer, as .ci/run starts Python, the CUDA kernels are compiled with it and with UndefinedBehaviorSanitizer.
@@ -54,3 +60,86 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             marks = [pytest.mark.skip(reason=why_not)] if why_not else []
             params.append(pytest.param(kernel.name, marks=marks))
     metafunc.parametrize("kernel", params)
+
+
+# ---- Kernels that are not compiled: the harness is tested on right ones and wrong ones --------------------------------
+
+Memory = dict[str, np.ndarray]
+FAKES = [f"{op}.fake.f32.scalar" for op in ("conv2d_fwd", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d_fwd")]
+
+
+class FakeNative:
+    """Stands in for the compiled module: one kernel of each op, written in NumPy, on the same raw addresses."""
+
+    def __init__(self, kernel: Callable[[Any, Memory], None]) -> None:
+        self.kernel = kernel
+
+    Conv2dProblem = Pool2dProblem = SimpleNamespace
+
+    def kernels(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name, error_growth=1.0) for name in FAKES]
+
+    def plan(self, op: str, problem: Any, threads: int, force: str) -> SimpleNamespace:
+        def array(address: int, shape: tuple[int, ...], strides: tuple[int, ...], kind: type = np.float32) -> Any:
+            low = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s < 0)
+            high = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s > 0) + 1
+            size = np.dtype(kind).itemsize
+            memory = (ctypes.c_char * ((high - low) * size)).from_address(address + low * size)
+            return np.ndarray(shape, kind, memory, -low * size, tuple(s * size for s in strides))
+
+        p = problem
+        x_shape = (p.N, p.C, p.H, p.W)
+
+        def run_conv2d(x: int, w: int, bias: int, residual: int, y: int, packed: int, *, workspace: int) -> None:
+            y_shape = (p.N, p.K, p.P, p.Q)
+            memory = {"x": array(x, x_shape, p.x), "y": array(y, y_shape, p.y)}
+            memory["w"] = array(w, (p.K, p.C // p.groups, p.R, p.S), p.w[1:])
+            memory["workspace"] = array(workspace, (16,), (1,))
+            if bias:
+                memory["bias"] = array(bias, (p.K,), (1,))
+            if residual:
+                memory["residual"] = array(residual, y_shape, p.y)
+            self.kernel(p, memory)
+
+        def run_pool2d(x: int, y: int, indices: int, workspace: int) -> None:
+            y_shape = (p.N, p.C, p.P, p.Q)
+            memory = {"x": array(x, x_shape, p.x), "y": array(y, y_shape, p.y)}
+            memory["indices"] = array(indices, y_shape, p.y, np.int64)
+            self.kernel(p, memory)
+
+        return SimpleNamespace(kernel=force, workspace=64, run_conv2d=run_conv2d, run_pool2d=run_pool2d)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Puts a kernel written in NumPy in the place of the compiled ones."""
+    caches = (harness.native_problem, harness.error_growth)
+
+    def install(kernel: Callable[[Any, Memory], None]) -> None:
+        for cache in caches:
+            cache.cache_clear()
+        monkeypatch.setattr(harness, "native", lambda: FakeNative(kernel))
+
+    yield install
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def judge(fake: Callable[[Any], None]) -> Callable[[str, Any], None]:
+    """Does with a kernel of one op, written in NumPy, what test_kernels does, on a part of the grid."""
+
+    def checks(name: str, kernel: Any) -> None:
+        fake(kernel)
+        op = name.split(".")[0]
+        cases: list[Case] = list(grids.grid(op)[::5])
+        harness.check_all(name, cases)
+        exact = [c for c in cases if getattr(c, "activation", "none") in ("none", "relu", "relu6")]
+        harness.check_all(name, exact, fill.integers, exact=True)
+        if op.startswith("max_pool"):
+            harness.check_all(name, cases, fill.integers_with_zeros, exact=True)
+            harness.check_all(name, cases, fill.with_specials)
+        else:
+            harness.check_all(name, cases, fill.with_one_nan)
+
+    return checks

@@ -14,7 +14,8 @@ import torch
 
 import fastconv
 from fastconv.bench import context, lengths, main, peaks, readme, schema
-from fastconv.bench.cases import Conv, make
+from fastconv.bench.cases import make
+from fastconv.bench.convolutions import Conv
 from fastconv.bench.networks import layer_cases
 from fastconv.bench.runner import Settings, derive, error_of, run
 from fastconv.bench.shapes import LinearShape, parse_conv, parse_linear, parse_pool, parse_sdpa, short

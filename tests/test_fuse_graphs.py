@@ -183,6 +183,16 @@ def test_what_is_special_is_left_alone() -> None:
     assert "left Conv2d (0): it has hooks" in str(fused.report)
 
 
+@pytest.mark.parametrize("traced", [True, False])
+def test_transposed_convolutions_are_listed_as_left(traced: bool) -> None:
+    up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), up) if traced else nn.ModuleList([nn.Conv2d(3, 6, 3), up])
+    report = fastconv.fuse(model.eval()).report
+    assert report.frozen == ["0"]
+    assert [(kept.name, kept.kind) for kept in report.left] == [("1", "ConvTranspose2d")]
+    assert "only the weights of Conv2d and Linear are kept packed" in str(report)
+
+
 def test_a_block_with_a_hook_is_fused_inside() -> None:
     model = nn.Sequential(small(), conv(8)).eval()
     seen: list[tuple[int, ...]] = []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ import pytest
 from fastconv import reference
 from fastconv.testing import fill, grids, harness, problems, tolerance
 from fastconv.testing.buffers import Block, Operand
-from fastconv.testing.problems import Case, ConvCase
+from fastconv.testing.problems import ConvCase
 
 CONV, POOL = "conv2d_fwd.fake.f32.scalar", "max_pool2d_fwd.fake.f32.scalar"
 Memory = dict[str, np.ndarray]
+Judge = Callable[[str, Any], None]
 
 
 def conv(p: Any, m: Memory, **changes: Any) -> np.ndarray:
@@ -189,98 +189,24 @@ def index_in_the_window(p: Any, m: Memory) -> None:
 POOL_MUTANTS = [last_of_equals, padding_is_zero, nan_loses, index_in_the_window]
 
 
-class FakeNative:
-    """Stands in for the compiled module: one kernel of each op, written in NumPy, on the same raw addresses."""
-
-    def __init__(self, kernel: Callable[[Any, Memory], None]) -> None:
-        self.kernel = kernel
-
-    Conv2dProblem = Pool2dProblem = SimpleNamespace
-
-    def kernels(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(name=name, error_growth=1.0) for name in (CONV, POOL)]
-
-    def plan(self, op: str, problem: Any, threads: int, force: str) -> SimpleNamespace:
-        def array(address: int, shape: tuple[int, ...], strides: tuple[int, ...], kind: type = np.float32) -> Any:
-            low = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s < 0)
-            high = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s > 0) + 1
-            size = np.dtype(kind).itemsize
-            memory = (ctypes.c_char * ((high - low) * size)).from_address(address + low * size)
-            return np.ndarray(shape, kind, memory, -low * size, tuple(s * size for s in strides))
-
-        p = problem
-        x_shape = (p.N, p.C, p.H, p.W)
-
-        def run_conv2d(x: int, w: int, bias: int, residual: int, y: int, packed: int, *, workspace: int) -> None:
-            y_shape = (p.N, p.K, p.P, p.Q)
-            memory = {"x": array(x, x_shape, p.x), "y": array(y, y_shape, p.y)}
-            memory["w"] = array(w, (p.K, p.C // p.groups, p.R, p.S), p.w[1:])
-            memory["workspace"] = array(workspace, (16,), (1,))
-            if bias:
-                memory["bias"] = array(bias, (p.K,), (1,))
-            if residual:
-                memory["residual"] = array(residual, y_shape, p.y)
-            self.kernel(p, memory)
-
-        def run_pool2d(x: int, y: int, indices: int, workspace: int) -> None:
-            y_shape = (p.N, p.C, p.P, p.Q)
-            memory = {"x": array(x, x_shape, p.x), "y": array(y, y_shape, p.y)}
-            memory["indices"] = array(indices, y_shape, p.y, np.int64)
-            self.kernel(p, memory)
-
-        return SimpleNamespace(kernel=force, workspace=64, run_conv2d=run_conv2d, run_pool2d=run_pool2d)
+def test_a_right_convolution_passes(judge: Judge) -> None:
+    judge(CONV, right)
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
-    caches = (harness.native_problem, harness.error_growth)
-
-    def install(kernel: Callable[[Any, Memory], None]) -> None:
-        for cache in caches:
-            cache.cache_clear()
-        monkeypatch.setattr(harness, "native", lambda: FakeNative(kernel))
-
-    yield install
-    for cache in caches:
-        cache.cache_clear()
-
-
-def checks(name: str) -> None:
-    """What test_kernels does with a kernel, on a part of the grid."""
-    op = name.split(".")[0]
-    cases: list[Case] = list(grids.grid(op)[::5])
-    harness.check_all(name, cases)
-    exact = [c for c in cases if getattr(c, "activation", "none") in ("none", "relu", "relu6")]
-    harness.check_all(name, exact, fill.integers, exact=True)
-    if op.startswith("max_pool"):
-        harness.check_all(name, cases, fill.integers_with_zeros, exact=True)
-        harness.check_all(name, cases, fill.with_specials)
-    else:
-        harness.check_all(name, cases, fill.with_one_nan)
-
-
-def test_a_right_convolution_passes(fake: Callable[[Any], None]) -> None:
-    fake(right)
-    checks(CONV)
-
-
-def test_a_right_pooling_passes(fake: Callable[[Any], None]) -> None:
-    fake(right_pool)
-    checks(POOL)
+def test_a_right_pooling_passes(judge: Judge) -> None:
+    judge(POOL, right_pool)
 
 
 @pytest.mark.parametrize("mutant", CONV_MUTANTS, ids=lambda f: f.__name__)
-def test_convolution_mutants_are_caught(fake: Callable[[Any], None], mutant: Any) -> None:
-    fake(mutant)
+def test_convolution_mutants_are_caught(judge: Judge, mutant: Any) -> None:
     with pytest.raises(harness.KernelFault):
-        checks(CONV)
+        judge(CONV, mutant)
 
 
 @pytest.mark.parametrize("mutant", POOL_MUTANTS, ids=lambda f: f.__name__)
-def test_pooling_mutants_are_caught(fake: Callable[[Any], None], mutant: Any) -> None:
-    fake(mutant)
+def test_pooling_mutants_are_caught(judge: Judge, mutant: Any) -> None:
     with pytest.raises(harness.KernelFault):
-        checks(POOL)
+        judge(POOL, mutant)
 
 
 def test_a_failure_can_be_run_again(fake: Callable[[Any], None]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastconv.bench.readme import main as readme
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {"build", ".venv"} & set(path.relative_to(ROOT).parts))
 
@@ -34,6 +36,17 @@ def test_python_in_the_readme_runs_without_a_fallback(number: int, tmp_path: Pat
 def test_ci_runs_the_readmes_test_command() -> None:
     (command,) = [block.strip() for block in blocks(ROOT / "README.md", "sh") if "pytest" in block]
     assert f'test_command="{command}"' in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_results_are_those_of_the_published_files() -> None:
+    """By the command that bench/README.md gives, and of every file that it says how to make."""
+    page = (ROOT / "bench" / "README.md").read_text()
+    command = r"^fastconv bench readme --selection=(\S+) --json=bench/results/\{(\S+)\}\.json README\.md$"
+    ((selection, names),) = re.findall(command, page, re.MULTILINE)
+    made = re.findall(r"^fastconv bench .* --json (\w+)\.json$", page, re.MULTILINE)
+    assert sorted(names.split(",")) == sorted(made)
+    files = [f"--json={ROOT / 'bench' / 'results' / name}.json" for name in names.split(",")]
+    assert readme([f"--selection={ROOT / selection}", *files, "--check", str(ROOT / "README.md")]) == 0
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

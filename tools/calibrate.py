@@ -2,7 +2,7 @@
 """Is the algorithm that fastconv chooses the fastest one, and what do the cost models need to be right?
 
     calibrate.py measure FILE [--models …] [--op conv2d_fwd …] [--batch 1,8,32] [--threads 1,2]
-    calibrate.py report FILE [--misses 40]
+    calibrate.py report FILE [--misses 40] [--keep]
     calibrate.py fit FILE [--write csrc/core/calibration.def]
 
 `measure` times every algorithm that accepts a layer, for the distinct convolutions of the reference models, and keeps the medians
@@ -13,7 +13,7 @@ asked at all whose cost model says more than ten times the lowest.
 
 `report` asks the installed fastconv what it would choose now, and compares that with the times in FILE: the share of layers whose
 choice is within 5 % of the fastest, and the worst misses with what each cost model predicted. Change a cost model, build, and
-report again: nothing is measured anew.
+report again: nothing is measured anew. --keep writes the shares into FILE, from where the README's table has them.
 
 `fit` looks for a factor for each algorithm and layout, by which its predictions are multiplied, so that as few layers as possible
 miss by more than 5 %; it starts from the factors of the installed fastconv. --write puts them where the next build finds them.
@@ -99,9 +99,12 @@ def distinct_layers(names: Iterable[str]) -> list[ConvCase]:
 
 
 def problem(op: str, x: Tensor, w: Tensor, y: Tensor, case: ConvCase, frozen: bool) -> Any:
-    operands = [(tuple(t.shape), tuple(t.stride())) for t in (x, w, y)]
-    pad4 = (case.pad4[0], case.pad4[1], case.pad4[2], case.pad4[3])
-    return plan.conv2d_problem("f32", *operands, case.stride, pad4, case.dilation, case.groups, frozen=frozen)
+    def operand(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(t.shape), tuple(t.stride())
+
+    return plan.conv2d_problem(
+        "f32", operand(x), operand(w), operand(y), case.stride, case.pad4, case.dilation, case.groups, frozen=frozen
+    )
 
 
 def shaped(case: ConvCase, layout: str, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -209,9 +212,9 @@ def measure(args: argparse.Namespace) -> None:
 def write(path: Path, document: dict[str, Any]) -> None:
     """JSON with a layer a line, so that a diff shows which have changed. All of it or nothing: a run may be cut off here too."""
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(document["layers"].items())]
-    context = json.dumps(document["context"])
+    head = "".join(f'"{key}": {json.dumps(document[key])},\n' for key in ("context", "choices") if key in document)
     beside = path.with_name(path.name + ".part")
-    beside.write_text('{"context": ' + context + ',\n"layers": {\n' + ",\n".join(lines) + "\n}}\n")
+    beside.write_text("{" + head + '"layers": {\n' + ",\n".join(lines) + "\n}}\n")
     beside.replace(path)
 
 
@@ -258,14 +261,17 @@ def verdicts(document: dict[str, Any]) -> Iterator[Verdict]:
 
 
 def report(args: argparse.Namespace) -> None:
-    found = list(verdicts(json.loads(args.file.read_text())))
+    document = json.loads(args.file.read_text())
+    found = list(verdicts(document))
     console = Console(width=150)
+    kept: list[dict[str, Any]] = []
     shares = Table("op", "layout", "setting", "layers", f"within {100 * (NEAR - 1):.0f} %", "time lost")
     for group in dict.fromkeys((v.op, v.layout, str(v.setting)) for v in found):
         alike = [v for v in found if (v.op, v.layout, str(v.setting)) == group]
         near = sum(v.loss <= NEAR for v in alike)
         fastest = [v.times[v.fastest] for v in alike]
         lost = sum(v.loss * t for v, t in zip(alike, fastest) if v.loss < math.inf) / sum(fastest) - 1
+        kept.append({"op": group[0], "layout": group[1], "setting": group[2], "layers": len(alike), "near": near})
         shares.add_row(*group, str(len(alike)), f"{100 * near / len(alike):.1f} %", f"{100 * lost:.1f} %")
     console.print(shares)
     near = sum(v.loss <= NEAR for v in found)
@@ -273,16 +279,19 @@ def report(args: argparse.Namespace) -> None:
         f"{near} of {len(found)} ({100 * near / len(found):.1f} %) within {100 * (NEAR - 1):.0f} % of the fastest"
     )
     missed = sorted((v for v in found if v.loss > NEAR), key=lambda v: -v.loss)
-    for (chosen, fastest), count in Counter((v.chosen, v.fastest) for v in missed).most_common():
-        console.print(f"  {count:4d} x {chosen} where {fastest} is faster")
+    for (chosen, better), count in Counter((v.chosen, v.fastest) for v in missed).most_common():
+        console.print(f"  {count:4d} x {chosen} where {better} is faster")
     table = Table("loss", "op", "layer", "layout", "setting", "chosen", "fastest", "measured and predicted, µs")
     for v in missed[: args.misses]:
         detail = ", ".join(
             f"{a} {1e6 * s:.0f}/{1e6 * v.costs.get(a, math.nan):.0f}" for a, s in list(v.times.items())[:4]
         )
         table.add_row(f"{v.loss:.2f}", v.op, v.layer, v.layout, str(v.setting), v.chosen, v.fastest, detail)
-    if missed:
+    if missed and args.misses:
         console.print(table)
+    if args.keep:
+        now = {key: collect([], 0)[key] for key in ("date", "git")}
+        write(args.file, document | {"choices": now | {"within": NEAR, "shares": kept}})
 
 
 # --- fit
@@ -360,6 +369,7 @@ def main() -> None:
     reporting = commands.add_parser("report")
     reporting.add_argument("file", type=Path)
     reporting.add_argument("--misses", type=int, default=40, help="how many to show, worst first (40)")
+    reporting.add_argument("--keep", action="store_true", help="write the shares into FILE")
     reporting.set_defaults(run=report)
     fitting = commands.add_parser("fit")
     fitting.add_argument("file", type=Path)

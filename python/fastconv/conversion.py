@@ -59,8 +59,9 @@ class Kept:
 class Report:
     """What `convert` or `revert` did.
 
-    `swapped` counts the layers by class name, `already` those that needed no swap, and `kept` lists the convolutions, pools,
-    linear layers, batch norms and layer norms that were left alone. A layer that occurs under several names counts once.
+    `swapped` counts the layers by class name, `already` those that needed no swap, and `kept` lists those that were left alone,
+    of the kinds that fastconv has: convolutions (transposed ones too), pools, linear layers, batch norms, layer norms, multi-head
+    attention and encoders of Transformers. A layer that occurs under several names counts once.
     """
 
     action: str

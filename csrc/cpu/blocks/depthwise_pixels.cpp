@@ -1,5 +1,6 @@
 // Depthwise forward in NHWC on pixels where they lie: 3x3 filters with stride 1 or 2, and 5x5 with stride 2. (5x5 with stride 1
-// is 1.2 times as fast from lines: its weights do not fit in the registers, and lines serve all rows of a tile.)
+// is 1.2 times as fast from lines: its weights do not fit in the registers, and lines serve all rows of a tile.) Also 1x1, which
+// is a factor and a summand for each channel.
 //
 // The lines of depthwise_channels.cpp are a copy of x, which is a third to a half of a small filter's time. Here a tile reads the
 // pixels themselves, and every vector of channels takes its turn on one tile of pixels before the next tile: the window of 14
@@ -122,6 +123,7 @@ using TileFunction = void (*)(const PixelTile<T>&);
 
 template <class T, int kPixels, bool kWhole>
 TileFunction<T> choose_tile(const Conv2dProblem& a) {
+  if (a.R == 1) return multiply_pixels<T, kPixels, 1, 1, kWhole>;
   if (a.R == 5) return multiply_pixels<T, kPixels, 5, 2, kWhole>;
   return a.stride_w == 1 ? multiply_pixels<T, kPixels, 3, 1, kWhole> : multiply_pixels<T, kPixels, 3, 2, kWhole>;
 }
@@ -163,10 +165,10 @@ bool depthwise_in_place(const Conv2dProblem& a) {
   if (kVectorRegisters < 32 || !depthwise_over_channels(a)) return false;
   if (a.C != a.groups || a.K != a.C || a.C % kLanes<T> != 0) return false;
   if (a.R != a.S || a.stride_h != a.stride_w || a.stride_w > 2) return false;
-  if (a.R != 3 && !(a.R == 5 && a.stride_w == 2)) return false;
+  if (a.R == 1 ? a.stride_w > 1 : a.R != 3 && !(a.R == 5 && a.stride_w == 2)) return false;
   if (a.dilation_h * a.dilation_w != 1 || a.pad_left < 0 || a.W < a.S) return false;
   // Pixels whose distance is a multiple of 1024 bytes meet in four sets of an L1 of 64, which hold 32 of the window's 48 lines.
-  if (a.x.w * int64_t(sizeof(T)) % 1024 == 0) return false;
+  if (a.R > 1 && a.x.w * int64_t(sizeof(T)) % 1024 == 0) return false;
   const Range inner = inner_columns(a);
   return tile_pixels(inner.end - inner.begin) > 0 && 2 * (inner.end - inner.begin) > a.Q;
 }

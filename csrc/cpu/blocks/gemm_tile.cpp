@@ -88,9 +88,8 @@ FC_INLINE void finish_tile(vec<T> (&sum)[kRows][kVectors], int last, const TileO
       for_each([&](vec<T> x, int m, int) __attribute__((always_inline)) { return x + set1(out.row_bias[m]); });
     }
     if (out.residual) {
-      for_each([&](vec<T> x, int m, int v) __attribute__((always_inline)) {
-        return x + read(out.residual + (out.y[m] - out.y_base) + offset, v);
-      });
+      for_each([&](vec<T> x, int m, int v)
+                   __attribute__((always_inline)) { return x + read(out.residual + (out.y[m] - out.y_base) + offset, v); });
     }
     if (out.activation == Activation::relu) {
       for_each([&](vec<T> x, int, int) __attribute__((always_inline)) { return activate(Activation::relu, x); });

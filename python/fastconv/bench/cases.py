@@ -19,21 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastconv.functional
-from fastconv.bench.shapes import BatchNormShape, LinearShape, NormShape, SdpaShape, Shape, short
+from fastconv._fused import frozen_linear
+from fastconv.bench.shapes import BatchNormShape, ConvTransposeShape, LinearShape, NormShape, SdpaShape, Shape, short
 from fastconv.ops._dispatch import computed_in
+from fastconv.ops._packed import PackedFilters
 from fastconv.testing.problems import ConvCase, PoolCase
 
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 POOLS = ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d")
-PASSES = dict.fromkeys(("conv2d", "linear"), ("fwd", "dgrad", "wgrad")) | dict.fromkeys(
+FREEZABLE = ("conv2d", "linear")
+"""Ops whose weights `fastconv.fuse` freezes."""
+
+PASSES = dict.fromkeys((*FREEZABLE, "conv_transpose2d"), ("fwd", "dgrad", "wgrad")) | dict.fromkeys(
     (*POOLS, "sdpa", "layer_norm", "batch_norm"), ("fwd", "bwd")
 )
 """Public op to the passes it can be timed in."""
 
-# Work spent on one float64 truth: at the 20 to 40 GFLOP/s of torch's float64 convolution, a tenth to a fifth of a
-# second.
-_VERIFIED_FLOPS = 4e9
+# Below this many operations a byte, a case is read as moving memory, and the copy bandwidth is measured beside it.
+_BANDWIDTH_INTENSITY = 8.0
 
 Call = Callable[[], Any]
 
@@ -79,6 +83,11 @@ class Case(ABC):
     @abstractmethod
     def moved(self) -> int:
         """Bytes that must be read and written at least once; 0 if unknown."""
+
+    @property
+    def may_wait_for_memory(self) -> bool:
+        """Whether moving the bytes may take as long as the operations, so that a copy is timed beside it."""
+        return bool(self.moved) and self.flops / self.moved < _BANDWIDTH_INTENSITY
 
     @property
     @abstractmethod
@@ -154,9 +163,13 @@ class Case(ABC):
 
 @dataclass
 class Layer(Case):
-    """A case with one problem and inputs drawn for it."""
+    """A case with one problem and inputs drawn for it.
+
+    ``frozen``: fastconv has been told that the weights stay, as `fastconv.fuse` tells it, and keeps them packed.
+    """
 
     problem: Any = field(kw_only=True)
+    frozen: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -187,113 +200,6 @@ def gradient_call(forward: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) ->
     with torch.enable_grad():
         y = forward(leaf)
     return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
-
-
-@dataclass
-class Conv(Layer):
-    problem: ConvCase = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        self._geometry = [list(v) for v in (self.problem.stride, self.problem.pad4, self.problem.dilation)]
-        self._symmetric = self.problem.pad4[::2] == self.problem.pad4[1::2]
-
-    @property
-    def family(self) -> str:
-        p = self.problem
-        strided = "" if p.stride == (1, 1) else " strided"
-        if p.groups > 1:
-            return ("depthwise" if p.groups == p.C else "grouped") + strided
-        return f"{p.R}×{p.S}{strided}"
-
-    @property
-    def kernel_ops(self) -> tuple[str, ...]:
-        return (f"conv2d_{self.direction}",)
-
-    @property
-    def flops(self) -> float:
-        return 2.0 * math.prod(self.problem.y_shape) * self.problem.terms("conv2d_fwd")
-
-    @property
-    def moved(self) -> int:
-        p = self.problem
-        return sum(math.prod(shape) for shape in (p.x_shape, p.w_shape, p.y_shape)) * self.itemsize
-
-    @property
-    def error_bound(self) -> float:
-        return self._sum_bound(self.problem.terms(f"conv2d_{self.direction}"))
-
-    @cached_property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        p = self.problem
-        x = self._random(*p.x_shape, key=1)
-        w = self._random(*p.w_shape, scale=p.terms("conv2d_fwd") ** -0.5, key=2)
-        return x, w, self._random(*p.y_shape, key=3)
-
-    @cached_property
-    def _bias(self) -> Tensor | None:
-        return self._random(self.problem.K, key=4) if self.problem.bias else None
-
-    def _inputs(self, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        x, w, dy = (t.clone(memory_format=MEMORY_FORMATS[layout]) for t in self._tensors)
-        return x, w.requires_grad_(self.records_gradient), dy, self._bias
-
-    def fastconv_call(self, layout: str) -> Call:
-        p, (x, w, dy, bias) = self.problem, self._inputs(layout)
-        ops, channels_last, geometry = torch.ops.fastconv, layout == "nhwc", (*self._geometry, p.groups)
-        if self.direction == "dgrad":
-            return lambda: ops.conv2d_dgrad(dy, w, None, x.shape, channels_last, *geometry)
-        if self.direction == "wgrad":
-            return lambda: ops.conv2d_wgrad(dy, x, w.shape, channels_last, False, *geometry)[0]
-        if not self._symmetric:
-            return lambda: ops.conv2d_fwd(x, w, bias, None, *geometry, "none")
-        return super().fastconv_call(layout)
-
-    def _call(self, functional: Any, x: Tensor, w: Tensor, dy: Tensor, bias: Tensor | None) -> Call:
-        """Either library's public forward, and torch's gradients. torch has no four-sided padding: it pads a copy."""
-        p, dgrad = self.problem, self.direction == "dgrad"
-        padding = p.pad4[::2] if self._symmetric else (0, 0)
-        top, bottom, left, right = p.pad4
-
-        def forward(x: Tensor, w: Tensor) -> Tensor:
-            x = x if self._symmetric else F.pad(x, (left, right, top, bottom))
-            y: Tensor = functional.conv2d(x, w, bias, p.stride, padding, p.dilation, p.groups)
-            return y
-
-        if self.direction == "fwd":
-            return lambda: forward(x, w)
-        if not self._symmetric:
-            return (
-                gradient_call(lambda t: forward(t, w), x, dy)
-                if dgrad
-                else gradient_call(lambda t: forward(x, t), w, dy)
-            )
-        backward, stride, dilation = torch.ops.aten.convolution_backward, self._geometry[0], self._geometry[2]
-        rest = (stride, list(padding), dilation, False, [0, 0], p.groups, [dgrad, not dgrad, False])
-        which = 0 if dgrad else 1
-        return lambda: backward(dy, x, w, None, *rest)[which]
-
-    @cached_property
-    def _part(self) -> list[int]:
-        """The checked samples (fwd, dgrad) or filters (wgrad): first, last and what time allows between."""
-        whole = self.problem.K if self.direction == "wgrad" else self.problem.N
-        affordable = max(2, int(_VERIFIED_FLOPS / (self.flops / whole)))
-        if whole <= affordable or (self.direction == "wgrad" and self.problem.groups > 1):
-            return list(range(whole))
-        return sorted({round(i * (whole - 1) / (affordable - 1)) for i in range(affordable)})
-
-    def checked(self, call: Call) -> Tensor:
-        out: Tensor = call()
-        return out[self._part]
-
-    @cached_property
-    def truth(self) -> Tensor:
-        x, w, dy = (t.double() for t in self._tensors)
-        if self.direction != "wgrad":
-            x, dy = x[self._part], dy[self._part]
-        elif self.problem.groups == 1:
-            w, dy = w[self._part], dy[:, self._part]
-        out: Tensor = self._call(F, x, w, dy, None if self._bias is None else self._bias.double())()
-        return out
 
 
 @dataclass
@@ -400,6 +306,12 @@ class Linear(Layer):
         x, w, dy = self._tensors
         return x, w.clone().requires_grad_(self.records_gradient), dy
 
+    def fastconv_call(self, layout: str) -> Call:
+        if not self.frozen:
+            return super().fastconv_call(layout)
+        (x, w, _), kept = self._inputs(layout), PackedFilters()
+        return lambda: frozen_linear(x, w, None, kept)
+
     @cached_property
     def truth(self) -> Tensor:
         x, w, dy = (t.double() for t in self._tensors)
@@ -408,11 +320,17 @@ class Linear(Layer):
 
 
 def make(op: str, shape: Shape, direction: str, **common: Any) -> Case:
-    """The case of a public op. ValueError if the op has no such pass."""
+    """The case of a public op. ValueError if the op has no such pass, or nothing that could be frozen in it."""
     if direction not in PASSES[op]:
         raise ValueError(f"{op} has the passes {', '.join(PASSES[op])}, got {direction!r}")
-    if isinstance(shape, ConvCase):
-        return Conv(op, direction, **common, problem=shape)
+    if common.get("frozen") and (op not in FREEZABLE or direction != "fwd"):
+        raise ValueError(f"weights are frozen in the forward of {' and '.join(FREEZABLE)}, got {op} {direction}")
+    if isinstance(shape, (ConvCase, ConvTransposeShape)):
+        from fastconv.bench.convolutions import Conv, ConvTranspose
+
+        if isinstance(shape, ConvCase):
+            return Conv(op, direction, **common, problem=shape)
+        return ConvTranspose(op, direction, **common, problem=shape)
     if isinstance(shape, PoolCase):
         return Pool(op, direction, **common, problem=shape)
     if isinstance(shape, SdpaShape):

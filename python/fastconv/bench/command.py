@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 targets:
-  conv2d | linear | sdpa | layer_norm | batch_norm | max_pool2d | avg_pool2d | adaptive_avg_pool2d | adaptive_max_pool2d
+  conv2d | conv_transpose2d | linear | sdpa | layer_norm | batch_norm
+  max_pool2d | avg_pool2d | adaptive_avg_pool2d | adaptive_max_pool2d
   pool                  both plain kinds
   resnet50 …            every distinct layer of a model, with how often it occurs
+  3x3 | depthwise | grouped | rectangular | dilated
+                        the convolutions of that kind of the networks that have them
   model resnet50 …      the whole converted model (gpt2 and bert_base too, on 128 tokens); with --train a training step
                         (forward, backward, SGD)
   call                  what a call on a tiny problem costs
@@ -34,6 +37,7 @@ targets:
 examples:
   fastconv bench conv2d --shape n1c64h56k64r3p1 --threads 1,2 --layout nhwc --algorithms all
   fastconv bench resnet50 --batch 1,8 --pass fwd,dgrad,wgrad --json resnet50.json
+  fastconv bench 3x3 --frozen --layout nhwc
   fastconv bench model resnet18 --train --batch 8
   fastconv bench sdpa linear --dtype bf16
   fastconv bench model vit_b_16 gpt2 bert_base --fuse
@@ -51,6 +55,15 @@ _DEFAULT_SHAPES = {
         "c1024h14k2048r1u2",
         "c32h112k32r3p1g32",
         "c512h14k512r3p1g512",
+    ),
+    "conv_transpose2d": (
+        "c512h28k256r2u2",
+        "c128h112k64r2u2",
+        "c256h14k128r3u2p1o1",
+        "c512h8k256r4u2p1",
+        "c128h32k64r4u2p1",
+        "c21h28k21r16u8p4",
+        "c21h7k21r64u32p16",
     ),
     "linear": ("i2048o1000", "i4096o4096", "m197i768o3072"),
     "sdpa": (
@@ -152,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--train", action="store_true", help="with 'model': a training step")
     parser.add_argument("--fuse", action="store_true", help="with 'model': fastconv's weights frozen by fastconv.fuse")
+    parser.add_argument(
+        "--frozen", action="store_true", help="with layers: weights packed ahead, as fastconv.fuse keeps them"
+    )
     parser.add_argument("--only", default="", help="regular expression on shape strings: run only these")
     parser.add_argument(
         "--repetitions", type=int, default=15, help=f"samples of each row, at least {LEAST_REPETITIONS} (15)"
@@ -288,17 +304,20 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
     """(name of the run, case) for everything the command line asks for."""
     from fastconv.bench.calls import call_cases
+    from fastconv.bench.families import FAMILIES, family_cases
     from fastconv.bench.networks import Network, layer_cases
     from fastconv.bench.texts import LENGTHS, TextNetwork
     from fastconv.models import names
 
     targets = list(args.targets)
     found: list[tuple[str, Case]] = []
-    known = names()
+    known, frozen = names(), " frozen" * args.frozen
     if args.fuse and (args.train or targets[0] != "model"):
         raise UsageError(
             "--fuse freezes the weights of a whole model in inference: it goes with 'model', without --train"
         )
+    if args.frozen and ({"model", "call"} & set(targets) or set(args.directions or ("fwd",)) != {"fwd"}):
+        raise UsageError("--frozen is for the forward of layers; a model's weights are frozen with 'model' and --fuse")
     if targets[0] == "model":
         for model in targets[1:] or ["resnet50"]:
             if model not in (*known, *LENGTHS):
@@ -316,12 +335,13 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
         if target == "call":
             cases = call_cases(args.dtype, args.seed)
             found += [("call recorded" if case.records_gradient else "call", case) for case in cases]
-        elif target in known:
+        elif target in known or target in FAMILIES:
+            expand = layer_cases if target in known else family_cases
             for batch in args.batch or (1,):
-                cases = layer_cases(target, [batch], args.directions or ("fwd",), args.dtype, args.seed)
-                found += [(f"{target} n{batch}", case) for case in cases]
+                cases = expand(target, [batch], args.directions or ("fwd",), args.dtype, args.seed, args.frozen)
+                found += [(f"{target} n{batch}{frozen}", case) for case in cases]
         else:
-            run = target if args.dtype in ("f32", "f64") else f"{target} {args.dtype}"
+            run = (target if args.dtype in ("f32", "f64") else f"{target} {args.dtype}") + frozen
             found += [(run, case) for case in _op_cases(target, args)]
     found = [(run, case) for run, case in found if re.search(args.only, case.name)]
     if not found:
@@ -332,16 +352,18 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
 def _op_cases(target: str, args: argparse.Namespace) -> list[Case]:
     from fastconv.bench import shapes as known
     from fastconv.bench.cases import PASSES, POOLS, make
+    from fastconv.bench.families import FAMILIES
     from fastconv.models import names
 
     if target == "pool":
         return [case for pool in POOLS[:2] for case in _op_cases(pool, args)]
     if target not in PASSES:
         raise UsageError(
-            f"no op or model named {target!r}, expected {', '.join(PASSES)}, pool, call or {', '.join(names())}"
+            f"no op or model named {target!r}, expected {', '.join([*PASSES, 'pool', 'call', *FAMILIES])} or {', '.join(names())}"
         )
     parsers: dict[str, Callable[[str], known.Shape]] = {
         "conv2d": known.parse_conv,
+        "conv_transpose2d": known.parse_conv_transpose,
         "linear": known.parse_linear,
         "sdpa": known.parse_sdpa,
         "layer_norm": known.parse_norm,
@@ -358,7 +380,11 @@ def _op_cases(target: str, args: argparse.Namespace) -> list[Case]:
     directions = [direction for direction in PASSES[target] if direction in wanted]
     if not directions:
         raise UsageError(f"{target} has the passes {', '.join(PASSES[target])}, got {', '.join(wanted)}")
-    return [make(target, shape, d, dtype=args.dtype, seed=args.seed) for d in directions for shape in shapes]
+    common = {"dtype": args.dtype, "seed": args.seed, "frozen": args.frozen}
+    try:
+        return [make(target, shape, d, **common) for d in directions for shape in shapes]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _repro(case: Case, args: argparse.Namespace) -> str:
@@ -370,7 +396,7 @@ def _repro(case: Case, args: argparse.Namespace) -> str:
     elif case.records_gradient:
         words = ["call", "--only", f"^{re.escape(case.name)}$"]
     else:
-        words = [case.op, "--shape", case.name, "--pass", case.direction]
+        words = [case.op, "--shape", case.name, "--pass", case.direction] + ["--frozen"] * args.frozen
     for option in ("threads", "layout", "algorithms", "isa", "peers", "dtype", "seed"):
         value = getattr(args, option)
         words += [f"--{option}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
 from fastconv import models
-from fastconv.bench.cases import DTYPES, MEMORY_FORMATS, PASSES, Call, Case, make
+from fastconv.bench.cases import DTYPES, FREEZABLE, MEMORY_FORMATS, PASSES, Call, Case, make
 from fastconv.bench.engines import ENGINES
 from fastconv.bench.shapes import LinearShape, Shape, batched
 from fastconv.commands.twins import calibrate_batch_norm
@@ -29,28 +29,35 @@ _TORCH_ERRORS = 4.0
 _LEAST_ERROR = 1000.0
 
 
-def layer_cases(model: str, batches: Sequence[int], directions: Sequence[str], dtype: str, seed: int) -> list[Case]:
+def layer_cases(
+    model: str, batches: Sequence[int], directions: Sequence[str], dtype: str, seed: int, frozen: bool = False
+) -> list[Case]:
     """The distinct layers of a reference model, with the names of the layers that share each; op by op.
 
-    ``fwd`` takes all of them; the gradients take convolutions and Linear (dgrad, wgrad) and pools (bwd).
+    ``fwd`` takes all of them; the gradients take convolutions and Linear (dgrad, wgrad) and pools (bwd); ``frozen`` leaves those
+    that have weights to freeze.
     """
     distinct: dict[tuple[str, Shape], list[str]] = {}
     for op, shape, label in layers(model):
         distinct.setdefault((op, shape), []).append(label)
     image = next(iter(distinct))  # whose gradient nobody asks for
     order = sorted(distinct, key=lambda layer: list(PASSES).index(layer[0]))
+    common = {"dtype": dtype, "seed": seed, "frozen": frozen}
     return [
-        make(op, batched(shape, batch), direction, dtype=dtype, seed=seed, labels=list(distinct[op, shape]))
+        make(op, batched(shape, batch), direction, **common, labels=list(distinct[op, shape]))
         for batch in batches
         for direction in directions
         for op, shape in order
         if direction in PASSES[op] and not (direction == "dgrad" and (op, shape) == image)
+        if op in FREEZABLE or not frozen
     ]
 
 
-def layers(model: str) -> list[tuple[str, Shape, str]]:
+@cache
+def layers(model: str) -> tuple[tuple[str, Shape, str], ...]:
     """(op, shape, name) of each convolution, pool and Linear in the order they run, for one sample, on meta."""
-    spec, found = models.spec(model), []
+    spec = models.spec(model)
+    found: list[tuple[str, Shape, str]] = []
     with torch.device("meta"):
         network = models.create(model, layers=nn).eval()
         sample = torch.empty(1, spec.in_channels, *spec.input_size)
@@ -68,7 +75,7 @@ def layers(model: str) -> list[tuple[str, Shape, str]]:
             watch(name, module)
     with torch.no_grad():
         network(sample)
-    return found
+    return tuple(found)
 
 
 def _problem(module: nn.Module, x: Tensor, y: Tensor) -> tuple[str, Shape]:

@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=Path, action="append", required=True, help="a file of fastconv bench; repeatable"
     )
+    parser.add_argument("--selection", type=Path, help="a file of tools/calibrate.py, with the shares of its report")
     parser.add_argument(
         "--check", action="store_true", help="write nothing, exit with 1 if the table is not the files'"
     )
@@ -34,9 +35,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         documents = [load(path) for path in args.json]
         before = args.readme.read_text(encoding="utf-8")
-        after = replace_between(before, markdown(documents))
+        choices = json.loads(args.selection.read_text(encoding="utf-8"))["choices"] if args.selection else None
+        after = replace_between(before, markdown(documents, choices))
     except (OSError, ValueError) as error:
         print(f"fastconv bench readme: {error}", file=sys.stderr)
+        return 2
+    except KeyError:
+        print(f"fastconv bench readme: {args.selection} has no shares: calibrate.py report --keep", file=sys.stderr)
         return 2
     if args.check:
         return int(before != after)
@@ -62,13 +67,14 @@ def replace_between(text: str, table: str) -> str:
     return f"{head}{BEGIN}\n{table.strip()}\n{END}{tail}"
 
 
-def markdown(documents: Sequence[Record]) -> str:
-    """Machine, layers by kind, whole models, calls, and every row that torch wins or that did not count."""
+def markdown(documents: Sequence[Record], choices: Record | None = None) -> str:
+    """Machine, layers by kind, whole models, calls, selection, and every row that torch wins or that did not count."""
     members = [row for document in documents for row in rows(document)]
     layers = [row for row in members if row.match["op"] != "model" and not row.match["run"].startswith("call")]
     models = [row for row in members if row.match["op"] == "model"]
     calls = [row for row in members if row.match["run"].startswith("call")]
-    parts = [_machine(documents), _layers(layers), _models(models), _calls(calls), _losses(members), _invalid(members)]
+    parts = [_machine(documents), _layers(layers), _models(models), _calls(calls), _selection(choices)]
+    parts += [_losses(members), _invalid(members)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -93,7 +99,7 @@ def _machine(documents: Sequence[Record]) -> str:
 def _layers(layers: Sequence[Row]) -> str:
     """One table a run and thread count: a line for each kind of layer and pass, three columns for each layout."""
     parts = []
-    head = ["layers", "pass", ">", ">NHWC × torch", ">lowest", ">of peak", ">NCHW × torch", ">lowest", ">of peak"]
+    head = ["layers", "pass", ">", ">NHWC × torch", ">lowest", ">of bound", ">NCHW × torch", ">lowest", ">of bound"]
     plain = [row for row in layers if row.entry["algorithm"] == "auto"]
     key = attrgetter("run", "threads", "isa")
     for (run, threads, isa), part in grouped(plain, key).items():
@@ -112,8 +118,9 @@ def _layers(layers: Sequence[Row]) -> str:
         parts.append(f"{title}\n\n{_table(head, lines)}")
     note = (
         "× torch: geometric mean, over the layers as often as the model has them, of the time of the better of torch's "
-        "two formats (contiguous, channels_last) divided by fastconv's; above 1, fastconv is faster. Of peak: median "
-        "share of the FMA peak (pools: of a copy of as many bytes) measured between the samples."
+        "two formats (contiguous, channels_last) divided by fastconv's; above 1, fastconv is faster. Of bound: median share "
+        "of the tighter of two ceilings measured between the samples, the FMA peak or (*copy*, where it is that for all) a "
+        "copy of as many bytes. ≈: the row, or more than half of the rows of a mean, moved by more than 10 % meanwhile."
     )
     return "\n\n".join([*parts, note]) if parts else ""
 
@@ -128,11 +135,20 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _layout_cells(kind: Sequence[Row], layout: str) -> list[str]:
     halves = by_layout(kind)
     figures = group(halves.get(layout, halves.get("", [])))
-    shares = figures.peak_shares or figures.copy_shares
     if not figures.distinct:
         return ["", "", ""]
-    ratios = ["", ""] if math.isnan(figures.mean) else [f"{figures.mean:.2f}", f"{figures.lowest:.2f}"]
-    return [*ratios, f"{statistics.median(shares):.0%}" if shares else ""]
+    ratios = ["", ""]
+    if not math.isnan(figures.mean):
+        ratios = [
+            _figure(figures.mean, 2 * figures.noisy > figures.distinct),
+            _figure(figures.lowest, figures.lowest_noisy),
+        ]
+    share = f"{statistics.median(figures.bound_shares):.0%}" if figures.bound_shares else ""
+    return [*ratios, share + " copy" * figures.by_bytes]
+
+
+def _figure(value: float, noisy: bool, digits: int = 2) -> str:
+    return f"{'≈' * noisy}{value:.{digits}f}"
 
 
 def _scaled(members: Sequence[Row]) -> str:
@@ -147,10 +163,12 @@ _ENGINES = {
     "openvino": "OpenVINO",
     "onnxruntime": "ONNX Runtime",
 }
+# torch's two formats share one column of ratios.
+_RATIOS = [who for who in _ENGINES if not who.startswith("torch")]
 
 
 def _models(models: Sequence[Row]) -> str:
-    """Times in milliseconds. A peer that was timed nowhere has no column."""
+    """Times in milliseconds, and the ratio to each peer. A peer that was timed nowhere has no column."""
     timed_somewhere = {c["who"] for row in models for c in row.match["contestants"] if "median_s" in c}
     engines = [who for who in _ENGINES if who in timed_somewhere]
     lines = []
@@ -160,7 +178,11 @@ def _models(models: Sequence[Row]) -> str:
         threads = row.entry["threads"]
         timed = {c["who"]: c for c in row.match["contestants"] if "median_s" in c and c["threads"] == threads}
         peers = [timed.get(who) for who in engines]
-        times = [f"{peer['median_s'] * 1e3:.1f}" if peer else "" for peer in [*peers, row.entry]]
+        times = [
+            _figure(peer["median_s"] * 1e3, peer["status"] == "noisy", 1) if peer else ""
+            for peer in [*peers, row.entry]
+        ]
+        ratios = row.entry.get("ratios", {})
         lines.append(
             [
                 row.match["shape"],
@@ -168,7 +190,8 @@ def _models(models: Sequence[Row]) -> str:
                 str(threads),
                 row.entry["layout"].upper(),
                 *times,
-                _bold(row.best_torch),
+                _bold(row.best_torch, row.noisy),
+                *(_bold(ratios.get(who), row.noisy_beside(who)) for who in _RATIOS if who in engines),
             ]
         )
     head = [
@@ -179,14 +202,15 @@ def _models(models: Sequence[Row]) -> str:
         *(f">{_ENGINES[who]}" for who in engines),
         ">fastconv",
         ">× torch",
+        *(f">× {_ENGINES[who]}" for who in _RATIOS if who in engines),
     ]
     return (
         f"**Whole models** (× torch: against the better of its two formats)\n\n{_table(head, lines)}" if lines else ""
     )
 
 
-def _bold(ratio: float | None) -> str:
-    return "" if ratio is None else f"**{ratio:.2f}**"
+def _bold(ratio: float | None, noisy: bool = False) -> str:
+    return "" if ratio is None else f"**{_figure(ratio, noisy)}**"
 
 
 def _calls(calls: Sequence[Row]) -> str:
@@ -195,11 +219,27 @@ def _calls(calls: Sequence[Row]) -> str:
         ratio = row.entry.get("ratios", {}).get("torch")
         if row.ok and ratio is not None and row.entry["layout"] == "nchw" and row.entry["threads"] == 1:
             ours = row.entry["median_s"] * 1e6
-            times = [f"{ours * ratio:.1f}", f"{ours:.1f}", _bold(ratio)]
+            times = [f"{ours * ratio:.1f}", f"{ours:.1f}", _bold(ratio, row.noisy_beside("torch"))]
             recorded = "recorded" if row.match["recorded"] else ""
             lines.append([row.match["op"], f"`{row.match['shape']}`", recorded, *times])
     head = ["op", "shape", "autograd", ">torch, µs", ">fastconv, µs", ">× torch"]
     return f"**What a call costs on a tiny problem**\n\n{_table(head, lines)}" if lines else ""
+
+
+def _selection(choices: Record | None) -> str:
+    """How often the algorithm that is chosen is as good as the fastest, in all and where it is least often."""
+    if choices is None:
+        return ""
+    shares, commit = choices["shares"], choices["git"]
+    near, count = (sum(share[key] for share in shares) for key in ("near", "layers"))
+    least = min(shares, key=lambda share: float(share["near"] / share["layers"]))
+    words = f"{least['op']}, {least['layout'].upper()}, {least['setting']}"
+    return (
+        f"**Selection.** On {near} of {count} layers ({near / count:.1%}) the algorithm that is chosen takes at most "
+        f"{choices['within'] - 1:.0%} longer than the fastest that accepts the layer; least often, on "
+        f"{least['near'] / least['layers']:.1%}, in `{words}` (n: batch, t: threads). Chosen {choices['date'][:10]}"
+        + (f", commit {commit['sha'][:10]}{' with changes' if commit['dirty'] else ''}." if commit else ".")
+    )
 
 
 def _losses(members: Sequence[Row]) -> str:
@@ -211,7 +251,7 @@ def _losses(members: Sequence[Row]) -> str:
     for row in lost:
         what = f"{row.match['op']} {row.match['direction']}" + (", recorded" if row.match["recorded"] else "")
         where = [row.entry["layout"].upper(), str(row.entry["threads"]), f"`{row.kernel}`"]
-        lines.append([f"{row.best_torch:.2f}", what, f"`{row.match['shape']}`", *where])
+        lines.append([_figure(row.best_torch or 0.0, row.noisy), what, f"`{row.match['shape']}`", *where])
     table = _table([">× torch", "op", "shape", "layout", ">threads", "kernel"], lines)
     summary = f"<summary>Slower than torch: {len(lost)} of {valid} rows</summary>"
     return f"<details>\n{summary}\n\n{table}\n\n</details>"

@@ -101,11 +101,12 @@ class Reporter:
         for (op, direction), part in grouped(members, lambda row: (row.match["op"], row.match["direction"])).items():
             self.say(f"\n{op} {direction} {part[0].match['dtype']}", "bold")
             micro = any(row.match["run"].startswith("call") for row in part)
-            columns = ["shape", "lay", ">T", "kernel", ">µs" if micro else ">ms", ">IQR", *_rate_columns(part)]
-            peers, weighed = _peers(part), _weighed(part)
+            rates, peers, weighed = _rates(part), _peers(part), _weighed(part)
+            columns = ["shape", "lay", ">T", "kernel", ">µs" if micro else ">ms", ">IQR", *rates]
             columns += [*(f">{_PEERS[peer]}" for peer in peers), ">err"]
             columns += [">MB" if who == "fastconv" else f">MB {_PEERS[who][1:]}" for who in weighed] + ["note"]
-            self.table(columns, [_cells(row, micro, peers, weighed) for row in part], [_style(row) for row in part])
+            cells = [_cells(row, micro, rates, (peers, weighed)) for row in part]
+            self.table(columns, cells, [_style(row) for row in part])
 
     def summary(self, document: Record) -> None:
         """Geometric means, weighted totals, the share of layers slower than torch, and each of those by name."""
@@ -121,7 +122,7 @@ class Reporter:
                 if figures.distinct:
                     words = [run, direction, layout, *(word for word in (algorithm, isa) if word != "auto")]
                     lines.append([" ".join(words), str(threads), *_figures(figures)])
-        titles = "rows >T >geomean >lowest >slower >total_ms >torch_ms >ratio >%_of_peak >void"
+        titles = "rows >T >geomean >lowest >slower >total_ms >torch_ms >ratio >%_of_bound >noisy >void"
         self.table([title.replace("_", " ") for title in titles.split()], lines)
         self._thread_scaling(members)
         self._selection(members)
@@ -160,12 +161,13 @@ def _by_threads(speedups: Sequence[tuple[Row, float]]) -> dict[int, list[float]]
     return found
 
 
-def _rate_columns(part: Sequence[Row]) -> list[str]:
-    return [">GB/s", ">%copy"] if _by_bytes(part[0]) else [">GF/s", ">%peak"]
-
-
-def _by_bytes(row: Row) -> bool:
-    return not row.match["flops"]
+def _rates(part: Sequence[Row]) -> dict[str, str]:
+    """Column to the field of a row that it shows: operations, bytes, or both where a row may wait for either."""
+    by_bytes = {">GB/s": "gbs", ">%copy": "copy_share"}
+    if not part[0].match["flops"]:
+        return by_bytes
+    both = any(row.entry.get("copy_share") is not None for row in part)
+    return {">GF/s": "gflops", ">%peak": "peak_share"} | (by_bytes if both else {})
 
 
 def _peers(part: Sequence[Row]) -> list[str]:
@@ -188,25 +190,31 @@ def _megabytes(row: Row, who: str) -> str:
     return f"{found[0] / 2**20:.1f}" if found and found[0] is not None else ""
 
 
-def _cells(row: Row, micro: bool, peers: Sequence[str], weighed: Sequence[str]) -> list[str]:
+def _cells(row: Row, micro: bool, rates: dict[str, str], others: tuple[Sequence[str], Sequence[str]]) -> list[str]:
+    """`others`: whose times are compared, and whose memory was measured."""
     entry, ratios = row.entry, row.entry.get("ratios", {})
+    peers, weighed = others
     if not row.ok:
-        blanks = [""] * (5 + len(peers) + len(weighed))
-        return [*_identity(row), row.kernel, entry["status"].upper(), *blanks[:-1], entry["reason"]]
-    rate, share = ("gbs", "copy_share") if _by_bytes(row) else ("gflops", "peak_share")
+        blanks = [""] * (2 + len(rates) + len(peers) + len(weighed))
+        return [*_identity(row), row.kernel, entry["status"].upper(), *blanks, entry["reason"]]
     error = entry["error"].get("ratio_to_torch")
     return [
         *_identity(row),
         row.kernel,
         f"{entry['median_s'] * (1e6 if micro else 1e3):.{1 if micro else 3}f}",
         f"{entry['iqr_share']:.0%}",
-        "" if entry[rate] is None else f"{entry[rate]:.1f}",
-        "" if entry[share] is None else f"{entry[share]:.0%}",
+        *(_rate(entry[field], title) for title, field in rates.items()),
         *(_ratio(ratios.get(peer)) for peer in peers),
         "exact" if entry["error"]["rel_l2"] == 0 else "" if error is None else f"{error:.2f}",
         *(_megabytes(row, who) for who in weighed),
         _note(row),
     ]
+
+
+def _rate(value: float | None, title: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0%}" if "%" in title else f"{value:.1f}"
 
 
 def _what(row: Row) -> list[str]:
@@ -248,7 +256,7 @@ def _ratio(value: float | None) -> str:
 
 
 def _figures(figures: Group) -> list[str]:
-    shares = figures.peak_shares
+    shares = figures.bound_shares
     peak = f"{shares[0]:.0%} … {statistics.median(shares):.0%} … {shares[-1]:.0%}" if shares else ""
     compared = not math.isnan(figures.torch_s)
     return [
@@ -259,5 +267,6 @@ def _figures(figures: Group) -> list[str]:
         f"{figures.torch_s * 1e3:.2f}" if compared else "",
         f"{figures.torch_s / figures.total_s:.2f}×" if compared else "",
         peak,
+        str(figures.noisy),
         str(figures.invalid),
     ]

@@ -31,9 +31,6 @@ PEERS = {
 EAGER = ("torch", "torch_channels_last")
 """What "the better of torch's two formats" chooses from."""
 
-# Below this many operations a byte, a case is read as moving memory, and the copy bandwidth is measured beside it.
-_BANDWIDTH_INTENSITY = 8.0
-
 Record = dict[str, Any]
 
 
@@ -248,7 +245,7 @@ def _probes(case: Case, settings: Settings, records: Sequence[Record]) -> list[t
         for isa in sorted({widest_isa() if name == "auto" else name for name in settings.isas}):
             if case.flops and isa in fastconv._C.machine()["isa"]:
                 found.append((peaks.fma_probe(isa, case.dtype, threads), _fact("fma", threads) | {"target": isa}))
-        if case.moved and case.flops / case.moved < _BANDWIDTH_INTENSITY:
+        if case.may_wait_for_memory:
             found.append((peaks.copy_probe(case.moved, threads), _fact("copy", threads) | {"bytes": case.moved}))
     return found
 

@@ -2,6 +2,7 @@
 
     conv2d       n1c64h56w56k64r3s3u2p1d1g1   batch, channels, height, width, filters, filter height and width,
                                               stride (u), padding (p), dilation (d), groups (g)
+    transposed   n1c64h28k32r2u2              a conv2d's fields; c is what comes in, k what goes out; o1: output padding
     pools        n1c64h112w112r3s3u2p1        as above, without filters and groups; +ceil, +exclude_pad, +div9
     adaptive     n1c2048h7w7a1x1              the output's size
     linear       m197i768o3072                rows, input features, output features
@@ -25,6 +26,52 @@ from fastconv.testing.problems import ConvCase, PoolCase, parse
 _NUMBERS = r"-?\d+(?:x-?\d+)*"
 _FIELD = re.compile(rf"([a-z])({_NUMBERS})")
 _SHAPE = re.compile(rf"((?:[a-z]{_NUMBERS})+)(?:-n(?:chw|hwc))?((?:\+\w+)*)")
+
+
+@dataclass(frozen=True)
+class ConvTransposeShape:
+    """x (N, C, H, W), w (C, K/groups, R, S) to y (N, K, P, Q), as torch's conv_transpose2d has them, without a bias."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    output_padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        return self.C, self.K // self.groups, self.R, self.S
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        P, Q = (
+            (size - 1) * stride - 2 * pad + dilation * (taps - 1) + more + 1
+            for size, stride, pad, dilation, taps, more in zip(
+                (self.H, self.W), self.stride, self.padding, self.dilation, (self.R, self.S), self.output_padding
+            )
+        )
+        return self.N, self.K, P, Q
+
+    def __str__(self) -> str:
+        fields = {"n": self.N, "c": self.C, "h": self.H} | ({"w": self.W} if self.W != self.H else {})
+        fields |= {"k": self.K, "r": self.R} | ({"s": self.S} if self.S != self.R else {})
+        words = [f"{letter}{number}" for letter, number in fields.items()]
+        pairs = {"u": (self.stride, 1), "p": (self.padding, 0), "o": (self.output_padding, 0), "d": (self.dilation, 1)}
+        for letter, (pair, usual) in pairs.items():
+            if pair != (usual, usual):
+                words.append(letter + "x".join(map(str, dict.fromkeys(pair) if pair[0] == pair[1] else pair)))
+        return "".join(words) + (f"g{self.groups}" if self.groups > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -96,7 +143,7 @@ class SdpaShape:
         return "".join(f"{letter}{number}" for letter, number in fields.items()) + extras
 
 
-Shape = ConvCase | PoolCase | LinearShape | NormShape | BatchNormShape | SdpaShape
+Shape = ConvCase | ConvTransposeShape | PoolCase | LinearShape | NormShape | BatchNormShape | SdpaShape
 
 AnyCase = TypeVar("AnyCase", ConvCase, PoolCase)
 
@@ -112,6 +159,27 @@ def parse_conv(text: str) -> ConvCase:
     if min(case.groups, *case.stride, *case.dilation) < 1 or case.C % case.groups or case.K % case.groups:
         raise ValueError(f"shape {text!r}: strides and dilations must be positive, groups must divide c and k")
     return _with_output(case, text)
+
+
+def parse_conv_transpose(text: str) -> ConvTransposeShape:
+    """``c64h28k32r2u2`` to a ConvTransposeShape."""
+    fields, extras = _split(text, known="nchwkrsupodg", needed="chkr")
+    if extras:
+        raise ValueError(f"shape {text!r}: a transposed convolution has no extras, got {extras!r}")
+    f = {"n": "1", "u": "1", "p": "0", "o": "0", "d": "1", "g": "1", "w": fields["h"], "s": fields["r"]} | fields
+    n, c, h, w, k, r, s, groups = (int(f[letter]) for letter in "nchwkrsg")
+    pairs = {letter: tuple(map(int, f[letter].split("x"))) for letter in "upod"}
+    if not all(len(pair) in (1, 2) for pair in pairs.values()):
+        raise ValueError(f"shape {text!r}: u, p, o and d are one number or two joined by x")
+    u, p, o, d = ((pair[0], pair[-1]) for pair in pairs.values())
+    shape = ConvTransposeShape(n, c, h, w, k, r, s, u, p, o, d, groups)
+    if min(groups, *u, *d) < 1 or c % groups or k % groups:
+        raise ValueError(f"shape {text!r}: strides and dilations must be positive, groups must divide c and k")
+    if min(*shape.x_shape, *shape.y_shape) < 1:
+        raise ValueError(
+            f"shape {text!r}: every size must be positive, the output is {shape.y_shape[2]}x{shape.y_shape[3]}"
+        )
+    return shape
 
 
 def parse_pool(text: str) -> PoolCase:
@@ -175,7 +243,7 @@ def parse_sdpa(text: str) -> SdpaShape:
 
 def short(shape: Shape) -> str:
     """The shortest string that parses back to the same problem: what has its default value is left out, but for n."""
-    if isinstance(shape, (LinearShape, NormShape, BatchNormShape, SdpaShape)):
+    if isinstance(shape, (ConvTransposeShape, LinearShape, NormShape, BatchNormShape, SdpaShape)):
         return str(shape)
     body, _, extras = str(shape).partition("-nchw")
     fields: dict[str, str] = dict(_FIELD.findall(body))

@@ -69,6 +69,39 @@ class Row:
         )
 
     @property
+    def bound_share(self) -> float | None:
+        """Share of the tighter of the two ceilings measured beside this row: of the FMA peak, or of a copy of as many bytes.
+
+        Either ceiling alone would allow a shorter time than both together do, so the larger share is the one that counts.
+        """
+        shares = [share for share in (self.entry.get("peak_share"), self.entry.get("copy_share")) if share is not None]
+        return max(shares, default=None)
+
+    @property
+    def waits_for_memory(self) -> bool:
+        """Whether the copy is the tighter ceiling."""
+        return self.bound_share is not None and self.bound_share == self.entry.get("copy_share")
+
+    @property
+    def noisy(self) -> bool:
+        """Whether this row moved by more than 10 % while it was timed, or torch's that its ratio divides by."""
+        return str(self.entry["status"]) == "noisy" or self._beside("torch", "torch_channels_last").get("noisy", False)
+
+    def noisy_beside(self, who: str) -> bool:
+        """Whether the ratio to this peer is of two times of which one moved by more than 10 %."""
+        return str(self.entry["status"]) == "noisy" or self._beside(who).get("noisy", False)
+
+    def _beside(self, *who: str) -> Record:
+        """Median and noise of the fastest of these peers on as many threads; empty if none was timed."""
+        peers = [
+            c
+            for c in self.match["contestants"]
+            if c["who"] in who and c["threads"] == self.threads and c["status"] in TIMED
+        ]
+        best = min(peers, key=lambda peer: float(peer["median_s"]), default=None)
+        return {} if best is None else {"median_s": best["median_s"], "noisy": best["status"] == "noisy"}
+
+    @property
     def best_torch(self) -> float | None:
         ratio: float | None = self.entry.get("best_torch")
         return ratio
@@ -86,18 +119,23 @@ def rows(document: Record) -> list[Row]:
 
 @dataclass(frozen=True)
 class Group:
-    """Figures of some rows. Ratios are torch's better time divided by fastconv's; NaN where torch was not timed."""
+    """Figures of some rows. Ratios are torch's better time divided by fastconv's; NaN where torch was not timed.
+
+    ``bound_shares`` are of the tighter ceiling of each row; ``by_bytes`` says that it is the copy for all of them.
+    """
 
     distinct: int
     count: int
     mean: float
     lowest: float
+    lowest_noisy: bool
     slower: int
     slower_count: int
-    peak_shares: tuple[float, ...]
-    copy_shares: tuple[float, ...]
+    bound_shares: tuple[float, ...]
+    by_bytes: bool
     total_s: float
     torch_s: float
+    noisy: int
     invalid: int
 
 
@@ -113,12 +151,14 @@ def group(members: Iterable[Row]) -> Group:
         count=sum(int(row.match["count"]) for row in timed),
         mean=geometric_mean(ratios, counts),
         lowest=min(ratios, default=math.nan),
+        lowest_noisy=bool(compared) and min(compared, key=lambda found: found[0])[2].noisy,
         slower=len(slower),
         slower_count=sum(slower),
-        peak_shares=_present(row.entry.get("peak_share") for row in timed),
-        copy_shares=_present(row.entry.get("copy_share") for row in timed),
+        bound_shares=_present(row.bound_share for row in timed),
+        by_bytes=bool(timed) and all(row.waits_for_memory for row in timed),
         total_s=sum(row.match["count"] * row.entry["median_s"] for row in timed),
         torch_s=sum(count * ratio * row.entry["median_s"] for ratio, count, row in compared) or math.nan,
+        noisy=sum(row.noisy for row in timed),
         invalid=sum(row.entry["status"] in ("void", "failed") for row in members),
     )
 

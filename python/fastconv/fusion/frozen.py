@@ -121,24 +121,34 @@ class FrozenLinear(torch.nn.Module):
 class FrozenNorm(torch.nn.Module):
     """activation(norm(x)) in one pass over memory, for a BatchNorm2d in eval mode that no convolution stands before.
 
-    ``mean``, ``variance``, ``weight`` and ``bias`` (C) share the layer's memory; they are buffers that no state_dict shows.
+    In channels_last it is a depthwise 1×1 convolution, which reads a slice of channels where it lies. ``weight`` (C, 1, 1, 1) and
+    ``bias`` (C) are that convolution's; the other four (C) share the layer's memory. All are buffers that no state_dict shows.
     """
 
     def __init__(self, norm: torch.nn.BatchNorm2d, activation: str) -> None:
         super().__init__()
         self.activation = activation
         self.eps = norm.eps
-        columns = {"mean": norm.running_mean, "variance": norm.running_var, "weight": norm.weight, "bias": norm.bias}
-        with torch.inference_mode(False):
+        columns = {"mean": norm.running_mean, "variance": norm.running_var, "gamma": norm.weight, "beta": norm.bias}
+        with torch.inference_mode(False), torch.no_grad():
             for name, column in columns.items():
                 self.register_buffer(name, None if column is None else column.detach(), persistent=False)
+            mean = cast(Tensor, self._buffers["mean"])
+            weight, bias = fold(torch.ones_like(mean)[:, None, None, None], None, norm)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self._packed = PackedFilters()
+        self._geometry = (1, 1), (0, 0, 0, 0), (1, 1), mean.numel()
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
         own = self._buffers
-        columns = own["mean"], own["variance"], own["weight"], own["bias"]
+        if input.dim() == 4 and input.stride(1) == 1:
+            weight, bias = cast(Tensor, own["weight"]), own["bias"]
+            return _fused.frozen_conv2d(input, weight, bias, self._packed, self._geometry, None, self.activation)
+        columns = own["mean"], own["variance"], own["gamma"], own["beta"]
         return batch_norm(input, *columns, eps=self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
-        return f"{cast(Tensor, self._buffers['mean']).numel()}, eps={self.eps}, activation={self.activation}"
+        return f"{self._geometry[3]}, eps={self.eps}, activation={self.activation}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,14 @@ from torch.nn.utils import parametrize
 from fastconv import nn
 from fastconv._folding import activation_called, activation_of, why_not_folded
 from fastconv.conversion import Kept
+from fastconv.fusion import growing
 from fastconv.fusion.frozen import FrozenConv2d, FrozenLinear, FrozenNorm
 from fastconv.fusion.report import Report
 
 _DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 # What can be frozen, and what it becomes.
 LAYERS = (torch.nn.Conv2d, torch.nn.Linear, nn.ConvBnAct)
-_FROZEN = (FrozenConv2d, FrozenLinear)
+_FROZEN = (FrozenConv2d, FrozenLinear, FrozenNorm)
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ADDITIONS_IN_PLACE = (operator.iadd, "add_")
@@ -88,6 +89,8 @@ class _Rewriting:
                 self._freeze(node)
         for node in list(self.graph.nodes):
             self._join_norm(node)
+        for node in list(self.graph.nodes):
+            self._grow(node)
         for node in self.graph.nodes:
             self._list_if_left(node)
         parts: dict[str, Any] = {str(node.target): self._module(node) for node in self._nodes("call_module")}
@@ -263,6 +266,60 @@ class _Rewriting:
         self.graph.erase_node(node)
         self.report.joined.append(f"{self.prefix}{node.target}")
         self.report.activations[name] += 1
+
+    # ---- Concatenations ---------------------------------------------------------------------------------------------------
+
+    def _grow(self, first: Node) -> None:
+        """Makes a chain of concatenations, each of the one before and a frozen convolution's result, grow in one memory."""
+        parts = self._parts(first)
+        if parts is None or len(parts) != 2 or self._previous(first) is not None:
+            return
+        chain = [first]
+        while following := self._next(chain[-1]):
+            chain.append(following)
+        if any(self._writes(user) for user in chain[-1].users):
+            chain.pop()  # earlier ones are part of the same memory
+        if len(chain) < 2:
+            return
+        behind = [cast(list[Node], self._parts(node))[-1] for node in chain]
+        room = sum(cast(FrozenConv2d, self._module(node)).weight.shape[0] for node in behind[1:])
+        first.target, first.args = growing.begin, (*parts, room)
+        for before, node, more in zip(chain, chain[1:], behind[1:]):
+            node.target, node.args = growing.extend, (before, more)
+        for node in chain:
+            node.kwargs = {}
+        self.report.grown.append(f"{self.prefix}{first.name}")
+
+    def _parts(self, node: Node) -> list[Node] | None:
+        """What this node puts behind each other, a frozen convolution's result last; None where it does not."""
+        if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+            return None
+        parts, *dim = (*node.args, *node.kwargs.values())
+        if dim != [1] or not isinstance(parts, (tuple, list)) or len(parts) < 2:
+            return None
+        nodes = [part for part in parts if isinstance(part, Node)]
+        if len(set(nodes)) < len(parts):
+            return None
+        return nodes if isinstance(self._module(nodes[-1]), FrozenConv2d) else None
+
+    def _previous(self, node: Node) -> Node | None:
+        """The concatenation that this one is with more behind it, unless something could see the memory behind it change."""
+        parts = self._parts(node)
+        if parts is None:
+            return None
+        *before, _ = parts
+        # The one before by itself, or all that it was made of.
+        found = before if len(before) == 1 else [user for user in before[0].users if self._parts(user) == before]
+        if len(found) != 1 or self._parts(found[0]) is None:
+            return None
+        others = (user for user in found[0].users if user is not node)
+        readers = (FrozenNorm, FrozenConv2d)  # which take channels where they lie
+        return found[0] if all(isinstance(self._module(user), readers) for user in others) else None
+
+    def _next(self, node: Node) -> Node | None:
+        users = dict.fromkeys((*node.users, *cast(list[Node], self._parts(node))[0].users))
+        following = [user for user in users if self._previous(user) is node]
+        return following[0] if len(following) == 1 else None  # a second would write to the same place
 
     # ---- Results ----------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Tracer
 from torch.nn import Module
-from torch.nn.modules import batchnorm
+from torch.nn.modules import batchnorm, conv
 
 from fastconv import nn
 from fastconv.conversion import Kept
@@ -52,6 +52,7 @@ def freeze(module: Module, name: str, report: Report) -> None:
     if _is_layer(module):
         if isinstance(module, batchnorm._NormBase):
             report.left.append(Kept(name, type(module).__name__, "what comes before it is not known"))
+        _list_other_convolution(module, name, report)
         return
     reason = "" if isinstance(module, _LISTS) else _why_not(module)
     if not reason and not isinstance(module, _LISTS):
@@ -63,6 +64,8 @@ def freeze(module: Module, name: str, report: Report) -> None:
             reason = f"{type(error).__name__}: {(str(error).strip() or 'without a message').splitlines()[0]}"
         else:
             leaves = _leaves(graph, module)
+            for target in sorted({str(node.target) for node in graph.nodes if node.op == "call_module"}):
+                _list_other_convolution(module.get_submodule(target), f"{name}.{target}" if name else target, report)
             frozen = rewrite(module, graph, name, report)
             for target, leaf in leaves.items():
                 freeze(leaf, f"{name}.{target}" if name else target, report)
@@ -95,6 +98,12 @@ def _freeze_layer(layer: Module, name: str, report: Report) -> None:
     if isinstance(layer, nn.ConvBnAct):
         report.norms.append(name)
         report.activations.update([layer.activation] * (layer.activation != "none"))
+
+
+def _list_other_convolution(layer: Module, name: str, report: Report) -> None:
+    """Transposed ones, and those of one and three dimensions."""
+    if isinstance(layer, conv._ConvNd) and not isinstance(layer, LAYERS):
+        report.left.append(Kept(name, type(layer).__name__, "only the weights of Conv2d and Linear are kept packed"))
 
 
 class _Follower(Tracer):

@@ -73,6 +73,15 @@ def _copy(shape: Shape, strides: Shape, channels_last: bool) -> torch.memory_for
     return None if is_dense(shape, strides, channels_last) else _FORMAT[channels_last]
 
 
+def _is_slice(shape: Shape, strides: Shape) -> bool:
+    """Whether these are the first channels, or any, of the pixels of a channels_last batch: kernels read them where they lie."""
+    N, C, H, W = shape
+    pixel = strides[3]
+    if strides[1] != 1 or min(C, H, W) < 2 or pixel <= C:
+        return False
+    return strides[2] == W * pixel and (N == 1 or strides[0] == H * W * pixel)
+
+
 def output_size(
     H: int, W: int, R: int, S: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Pair:
@@ -117,12 +126,13 @@ def fwd_recipe(
     recipe.forward = Forward(x, w, y, last, w_last, (stride, padding, dilation, groups))
     if _empty(x, w, y):
         return recipe
+    in_place = last and _is_slice(x, x_strides)
     problem = plan.conv2d_problem(
-        DTYPES[dtype], (x, strides_of(x, last)), (w, w_strides), (y, y_strides),
+        DTYPES[dtype], (x, x_strides if in_place else strides_of(x, last)), (w, w_strides), (y, y_strides),
         stride, padding, dilation, groups, biased, residual_strides is not None, activation, frozen,
     )  # fmt: skip
     recipe.plan = plan.make("conv2d_fwd", problem, DTYPES[dtype], (x, w, y), threads, force, strict)
-    recipe.copy_a = _copy(x, x_strides, last)
+    recipe.copy_a = None if in_place else _copy(x, x_strides, last)
     if residual_strides is not None:
         recipe.copy_b = _copy(y, residual_strides, last)
     return recipe

@@ -104,6 +104,10 @@ def _conv_geometry() -> Iterator[ConvCase]:
         ConvCase(1, 3, 6, 7, 8, 3, 3, stride=(7, 7)),  # the stride is larger than the input
         ConvCase(1, 1, 28, 28, 6, 5, 5, pad4=(2, 2, 2, 2)),  # LeNet
         ConvCase(2, 64, 1, 1, 10, 1, 1),  # a classifier
+        # What FCN's heads, read backwards, ask of an input gradient: 8, 16 and 32 times the pixels.
+        ConvCase(1, 6, 24, 29, 5, 16, 16, stride=(8, 8), pad4=(4, 4, 4, 4)),
+        ConvCase(1, 3, 48, 33, 5, 32, 32, stride=(16, 16), pad4=(8, 8, 8, 8)),
+        ConvCase(1, 2, 64, 70, 3, 64, 64, stride=(32, 32), pad4=(16, 16, 16, 16)),
         ConvCase(1, 24, 1, 40, 17, 1, 5, pad4=(0, 0, 2, 2)),  # one-dimensional
         ConvCase(1, 24, 1, 40, 17, 1, 3, stride=(1, 2), pad4=(0, 0, 1, 1), dilation=(1, 2)),
     ]
@@ -130,6 +134,7 @@ def _conv_groups() -> Iterator[ConvCase]:
         yield ConvCase(1, 18, 9, 40, 18, 5, 5, pad4=(2, 2, 2, 2), groups=18, layout=layout)
         yield ConvCase(1, 18, 9, 20, 18, 7, 7, pad4=(3, 3, 3, 3), groups=18, layout=layout)
         yield ConvCase(1, 18, 9, 9, 18, 1, 7, pad4=(0, 0, 3, 3), groups=18, layout=layout)
+        yield ConvCase(1, 18, 9, 20, 18, 7, 1, pad4=(3, 3, 0, 0), groups=18, layout=layout)
         yield ConvCase(1, 18, 9, 9, 18, 3, 3, pad4=(3, -1, 4, 2), groups=18, layout=layout)
         yield ConvCase(1, 18, 4, 5, 18, 1, 1, groups=18, layout=layout)
         yield ConvCase(1, 18, 2, 2, 18, 5, 5, pad4=(2, 2, 2, 2), groups=18, layout=layout)
@@ -140,12 +145,16 @@ def _conv_groups() -> Iterator[ConvCase]:
         yield ConvCase(1, 18, 12, 15, 18, 10, 10, stride=(1, 2), pad4=(5, 4, 5, 4), groups=18, layout=layout)
         yield ConvCase(2, 6, 5, 29, 12, 1, 4, pad4=(0, 0, 2, 1), groups=6, layout=layout)
         yield ConvCase(1, 17, 3, 15, 17, 31, 31, pad4=(15, 15, 15, 15), groups=17, layout=layout)
+        yield ConvCase(1, 17, 4, 15, 17, 33, 35, pad4=(16, 16, 17, 17), groups=17, layout=layout)
         # Dilated columns that are taken apart, the last of a residue missing.
         yield ConvCase(1, 18, 9, 29, 18, 3, 3, pad4=(2, 2, 2, 2), dilation=(2, 2), groups=18, layout=layout, bias=True)
         yield ConvCase(1, 18, 5, 40, 18, 1, 5, pad4=(0, 0, 6, 6), dilation=(1, 3), groups=18, layout=layout)
         # Planes of several blocks of rows.
         yield ConvCase(1, 3, 112, 113, 3, 3, 3, stride=(2, 2), pad4=same, groups=3, layout=layout)
         yield ConvCase(2, 3, 100, 90, 3, 5, 3, pad4=(2, 2, 0, 2), groups=3, layout=layout)
+        # Groups of 64 channels and more, which the dense kernels take one after the other.
+        yield ConvCase(1, 128, 5, 9, 128, 3, 3, pad4=same, groups=2, layout=layout)
+        yield ConvCase(1, 144, 5, 9, 96, 3, 3, pad4=same, groups=2, layout=layout, bias=True)
         # Groups of a few channels: one load and a permutation, several pieces, one group for a vector, unequal, wide.
         for groups, c, k in ((9, 36, 36), (5, 40, 40), (3, 72, 72), (2, 34, 38), (6, 12, 48), (7, 42, 14), (2, 64, 64)):
             yield ConvCase(2, c, 6, 15, k, 3, 3, pad4=same, groups=groups, layout=layout, bias=True)
