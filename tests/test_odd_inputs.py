@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastconv
 import fastconv.functional as ours
+from fastconv.ops import _conv2d_kernels
 
 Call = Callable[[ModuleType], Any]
 
@@ -285,3 +286,17 @@ def test_fallback_modes() -> None:
     ours.conv2d(X, W)
     fastconv.set_fallback("silent")
     ours.conv2d(X.half(), W.half())
+
+
+@pytest.mark.parametrize(("C", "groups", "size"), [(32, 1, 1), (32, 1, 3), (24, 24, 3), (32, 32, 1), (16, 2, 3)])
+def test_slices_of_channels_are_read_where_they_lie(C: int, groups: int, size: int) -> None:
+    whole = torch.full((2, 48, 9, 10), float("nan")).contiguous(memory_format=torch.channels_last)
+    x = whole[:, 8 : 8 + C]
+    x.copy_(_random(2, C, 9, 10))
+    w, padding = _random(C, C // groups, size, size), size // 2
+    recipe = _conv2d_kernels.find_fwd(x, w, None, None, (1, 1), (padding,) * 4, (1, 1), groups, "none")
+    assert recipe.copy_a is None
+    dense = x.contiguous(memory_format=torch.channels_last)
+    found, expected = (ours.conv2d(t, w, padding=padding, groups=groups) for t in (x, dense))
+    assert torch.equal(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)

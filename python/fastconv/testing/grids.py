@@ -138,6 +138,14 @@ def _conv_groups() -> Iterator[ConvCase]:
         yield ConvCase(1, 18, 9, 9, 18, 3, 3, pad4=(3, -1, 4, 2), groups=18, layout=layout)
         yield ConvCase(1, 18, 4, 5, 18, 1, 1, groups=18, layout=layout)
         yield ConvCase(1, 18, 2, 2, 18, 5, 5, pad4=(2, 2, 2, 2), groups=18, layout=layout)
+        # Whole vectors of channels, whose pixels are read where they lie: each width of a tile, last tiles that overlap, clipped
+        # windows on every side.
+        for c, width in ((32, 7), (48, 9), (16, 16), (32, 33)):
+            yield ConvCase(2, c, 4, width, c, 3, 3, pad4=same, groups=c, layout=layout)
+        yield ConvCase(1, 32, 7, 29, 32, 3, 3, stride=(2, 2), pad4=(1, 0, 0, 1), groups=32, layout=layout)
+        yield ConvCase(1, 16, 3, 20, 16, 3, 3, pad4=(2, 2, 2, 3), groups=16, layout=layout)
+        yield ConvCase(1, 16, 9, 31, 16, 5, 5, stride=(2, 2), pad4=(2, 2, 2, 2), groups=16, layout=layout)
+        yield ConvCase(2, 48, 3, 9, 48, 1, 1, groups=48, layout=layout)
         yield ConvCase(1, 6, 7, 8, 18, 3, 3, pad4=same, groups=6, layout=layout)
         yield ConvCase(1, 17, 7, 8, 34, 5, 3, stride=(2, 1), pad4=(2, 2, 1, 1), groups=17, layout=layout)
         # Filters wider than a block of taps, and what is left of them: 8 + 4 + 1, 8 + 2, 4.
@@ -184,6 +192,7 @@ def _conv_epilogues() -> Iterator[ConvCase]:
             ConvCase(1, 4, 7, 8, 18, 3, 3, stride=(2, 2), pad4=same),
             ConvCase(1, 8, 5, 6, 12, 3, 3, pad4=same, groups=4),
             ConvCase(2, 19, 5, 20, 19, 3, 3, pad4=same, groups=19),
+            ConvCase(1, 32, 4, 9, 32, 3, 3, pad4=same, groups=32),
         ):
             for bias, residual in ((True, False), (False, True), (True, True)):
                 yield _with(shape, layout=layout, bias=bias, residual=residual, activation=next(activations))
