@@ -153,6 +153,41 @@ def test_ragged_queries_at_the_end_of_their_keys() -> None:
     assert_close(found[1:], last)
 
 
+def test_ragged_biases_and_log_sums() -> None:
+    """One line of biases for all sequences, its middle for the longest's first key and last query; gradients of it too."""
+    cuts_q, cuts_k = [0, 3, 3, 9], [0, 2, 6, 13]
+    q, k, v = random(9, 2, 8), random(13, 2, 8), random(13, 2, 6)
+    bias = random(2, 6 + 7 - 1)
+    found = varlen(q, k, v, cuts_q, cuts_k, relative_bias=bias, return_lse=True)
+    outs, sums = [], []
+    for (a, b), (c, d) in zip(itertools.pairwise(cuts_q), itertools.pairwise(cuts_k)):
+        distance = torch.arange(d - c) - torch.arange(b - a)[:, None]
+        heads = (t.transpose(0, 1) for t in (q[a:b], k[c:d], v[c:d]))
+        out, lse = sdpa(*heads, bias[:, distance + 5], return_lse=True)
+        outs.append(out.transpose(0, 1))
+        sums.append(lse.transpose(0, 1))
+    expected = torch.cat(outs), torch.cat(sums)
+    assert_close(found, expected)
+    grads = (torch.autograd.grad(y[0].sin().sum() + y[1].sum(), (q, k, v, bias)) for y in (found, expected))
+    assert_close(*grads)
+    none = varlen(q[:0], k[:0], v[:0], [0], return_lse=True)
+    assert (none[0].shape, none[1].shape) == ((0, 2, 6), (0, 2))
+
+
+@pytest.mark.parametrize("heads", [(4,), (2, 4)], ids=str)
+@pytest.mark.parametrize("lengths", [9, [3, 9]], ids=str)
+def test_biases_and_log_sums_of_a_cache(lengths: Any, heads: tuple[int, ...]) -> None:
+    B, L, M = 2, 2, 12
+    q, k, v = random(B, 4, L, 8), random(B, 4, M, 8), random(B, 4, M, 8)
+    bias = random(*heads, M + L - 1)
+    out, lse = with_cache(q, k, v, lengths, relative_bias=bias, return_lse=True)
+    for b, n in enumerate([lengths] * B if isinstance(lengths, int) else lengths):
+        distance = torch.arange(n) - torch.arange(n - L, n)[:, None]
+        mine = bias[b] if len(heads) > 1 else bias
+        mask = mine[:, distance + M - 1].masked_fill(distance > 0, -torch.inf)
+        assert_close((out[b], lse[b]), sdpa(q[b], k[b, :, :n], v[b, :, :n], mask, return_lse=True))
+
+
 @pytest.mark.parametrize("lengths", [9, [3, 9], torch.tensor([7, 1])], ids=str)
 @pytest.mark.parametrize("writes", [False, True])
 def test_decoding_from_a_cache(writes: bool, lengths: Any) -> None:
@@ -204,6 +239,9 @@ BAD: list[Any] = [
     (RuntimeError, "expected the same", lambda: varlen(*[T(5, 2, 8)] * 3, [0, 5], [0, 2, 5])),
     (TypeError, "attn_mask", lambda: varlen(*[T(5, 2, 8)] * 3, [0, 5], attn_mask=T(5, 5))),
     (TypeError, "integers", lambda: varlen(*[T(5, 2, 8)] * 3, T(2))),
+    (RuntimeError, r"expected \(..., 9\)", lambda: varlen(*[T(5, 2, 8)] * 3, [0, 5], relative_bias=T(2, 10))),
+    (TypeError, "relative_bias", lambda: varlen(*[T(5, 2, 8)] * 3, [0, 5], relative_bias=0.5)),
+    (RuntimeError, r"expected \(..., 9\)", lambda: with_cache(*[T(1, 2, 5, 8)] * 3, 1, relative_bias=T(2, 5))),
     (RuntimeError, "a length is 6", lambda: with_cache(*[T(1, 2, 5, 8)] * 3, 6)),
     (RuntimeError, "has 3 numbers, expected 1", lambda: with_cache(*[T(1, 2, 5, 8)] * 3, [1, 2, 3])),
     (RuntimeError, "key alone", lambda: with_cache(*[T(1, 2, 5, 8)] * 3, 1, key=T(1, 2, 5, 8))),

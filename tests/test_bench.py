@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastconv
-from fastconv.bench import context, main, peaks, readme, schema
+from fastconv.bench import context, lengths, main, peaks, readme, schema
 from fastconv.bench.cases import make
 from fastconv.bench.convolutions import Conv
 from fastconv.bench.networks import layer_cases
@@ -420,6 +420,16 @@ def test_lengths(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     # MATH stores 1024 x 1024 scores of 2 heads: 8 MB in float32. The others store none.
     assert rows["torch MATH", 1024]["bytes"] > rows["fastconv", 1024]["bytes"] + (2 << 20)
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    assert {row["samples"] >= 9 for row in rows.values()} == {True}
+
+
+def test_long_calls_are_timed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lengths, "_LONG_SECONDS", 0.0)
+    path = tmp_path / "lengths.json"
+    assert main(["lengths", "--lengths", "64", "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert [row["samples"] for row in document["rows"]] == [1, 1, 1]
+    assert document["context"]["command"] == "fastconv bench lengths --lengths 64 --json lengths.json"
 
 
 def test_readme_hides_nothing() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastconv
 from fastconv.bench import main, texts
+from fastconv.bench.attention import Sdpa
 from fastconv.bench.cases import make
+from fastconv.bench.memory import peak_bytes
 from fastconv.bench.networks import Network
 from fastconv.bench.runner import Settings, run
 from fastconv.bench.shapes import NormShape, batched, parse_linear, parse_norm, parse_sdpa, short
@@ -50,6 +55,63 @@ def test_attention_in_halves(dtype: str, direction: str) -> None:
     assert ours["kernel"].startswith(f"sdpa_{direction}.flash.{dtype}.")
     # What storing alone explains, and no more: a fault of one unit in the last place would be seen.
     assert ours["error"]["rel_l2"] < ours["error"]["bound"] < torch.finfo(HALVES[dtype]).eps * 1.01
+
+
+WITH_MATH = replace(SETTINGS, peers=("torch", "torch_math"))
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("mask", ["causal", "bool", "float", "padding"])
+def test_masked_attention(mask: str, direction: str) -> None:
+    shape = parse_sdpa(f"n2h2q33k40d16+{mask}")
+    assert parse_sdpa(short(shape)) == shape
+    assert (shape.causal, shape.mask) == ((True, "") if mask == "causal" else (False, mask))
+    case = make("sdpa", shape, direction)
+    assert isinstance(case, Sdpa)
+    result = run(case, WITH_MATH)
+    assert [c["who"] for c in result["contestants"]] == ["torch", "torch_math", "fastconv"]
+    assert {c["status"] for c in result["contestants"]} <= {"ok", "noisy"}
+    assert result["contestants"][-1]["kernel"].startswith(f"sdpa_{direction}.flash.f32")
+    if mask != "causal":
+        plain = make("sdpa", replace(shape, mask=""), direction)
+        assert not torch.allclose(case.truth, plain.truth, rtol=0.1), "the mask is not in the timed call"
+
+
+def test_one_mask_at_a_time() -> None:
+    for text in ("h2q8d8+causal+bool", "h2q8d8+sliding"):
+        with pytest.raises(ValueError, match=r"only \+causal or one of \+bool"):
+            parse_sdpa(text)
+
+
+def test_peak_memory_counts_scratch_and_scores() -> None:
+    """MATH stores the scores of 2 heads, 8 MB. Scratch that ours keeps between calls counts in each, beside 512 KB of results."""
+    case = make("sdpa", parse_sdpa("h2q1024d64"), "fwd")
+    for _ in range(2):
+        found = {c["who"]: c["peak_bytes"] for c in run(case, WITH_MATH)["contestants"]}
+        if found["fastconv"] is None:
+            pytest.skip("no high-water mark of memory here")
+        assert found["torch_math"] >= 8 << 20
+        assert 700 << 10 <= found["fastconv"] < 4 << 20
+
+
+def test_peaks_are_of_calls_that_may_fail() -> None:
+    with pytest.raises(ZeroDivisionError):
+        peak_bytes(lambda: 1 // 0)
+    with pytest.raises(NotImplementedError, match="torch_math is not timed on linear fwd"):
+        make("linear", parse_linear("m7i40o33"), "fwd").math_call("nchw")
+
+
+def test_peers_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sdpa", "--shape", "h1q16d8+padding", "--repetitions", "9", "--seconds", "0.1"]
+    assert main([*words, "--json", str(tmp_path / "sdpa.json")]) == 0
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in ("×math", "MB nchw", "MB math"))
+    (result,) = json.loads((tmp_path / "sdpa.json").read_text())["results"]
+    assert [c["who"] for c in result["contestants"]] == ["torch", "torch_math", "fastconv"]
+    assert "--peers torch,torch_math" in result["repro"]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "fastconv bench lengths --help" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("direction", ["fwd", "dgrad", "wgrad"])

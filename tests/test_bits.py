@@ -148,7 +148,7 @@ def test_queries_keep_their_bits_among_others(kernel: str) -> None:
 
 @pytest.mark.ops("sdpa_fwd")
 def test_what_a_query_does_not_see_may_hold_anything(kernel: str) -> None:
-    """Keys and values behind a causal edge or a boolean mask, as in a cache that is longer than what was written to it."""
+    """Keys and values behind a causal edge, as in a cache that is longer than what was written to it."""
     _, _, dtype, _ = kernel.split(".")
     for text in ("n1h1g1q12k33d8v8-bhld+causal", "n1h2g1q30k32d8v24-blhd+lower", "n1h1g1q24k24d8v8-bhld+lower+window3"):
         case = parse(text)
@@ -167,3 +167,21 @@ def test_what_a_query_does_not_see_may_hold_anything(kernel: str) -> None:
                     np.ascontiguousarray(clean[name][:, :, sees]),
                 )
                 assert mine.tobytes() == before.tobytes(), f"{kernel} on {case}: {name} changes with what is hidden"
+
+
+@pytest.mark.ops("sdpa_fwd")
+def test_keys_behind_a_boolean_mask_may_hold_anything(kernel: str) -> None:
+    """Their values may not: they are multiplied by 0, as torch does."""
+    _, _, dtype, _ = kernel.split(".")
+    for text in ("n1h2g2q12k33d8v8-bhld+mask_k+bool", "n1h2g1q30k32d8v24-blhd+causal+mask_bk+bool+cap3"):
+        case = parse(text)
+        assert isinstance(case, SdpaCase)
+        inputs = harness.make_inputs("sdpa_fwd", case)
+        hidden = ~inputs["mask"][0, 0, 0]
+        assert 0 < hidden.sum() < case.Lkv
+        clean = harness.run("sdpa_fwd", case, dtype, inputs, force=kernel).outputs
+        for rubbish in (np.nan, np.inf, -np.inf):
+            keys = inputs["k"].copy()
+            keys[:, :, hidden] = rubbish
+            got = harness.run("sdpa_fwd", case, dtype, inputs | {"k": keys}, force=kernel).outputs
+            assert same_bits(got, clean), f"{kernel} on {case}: it changes with what is hidden"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.testing._internal.common_modules import module_db
 
 import fastconv
 from fastconv import nn as ours
@@ -196,6 +197,20 @@ def test_an_encoder_of_ours_is_torch_s_in_training() -> None:
     assert type(mine.self_attn) is ours.MultiheadAttention
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_addition_and_its_norm_are_one_call(norm_first: bool) -> None:
+    layer = ours.TransformerEncoderLayer(12, 3, 20, 0.0, norm_first=norm_first)
+    residuals = []
+    for norm in (layer.norm1, layer.norm2):
+        norm.register_forward_hook(lambda module, args, result: residuals.append(len(args) == 2))
+    with fastconv.observe() as records:
+        layer(torch.randn(5, 2, 12))
+    assert residuals == ([False, True] if norm_first else [True, True])
+    assert [r.op for r in records].count("layer_norm_fwd") == 2
+    layer.norm2 = torch.nn.RMSNorm(12)
+    assert layer(torch.randn(5, 2, 12)).shape == (5, 2, 12)
+
+
 def test_subclasses_that_the_fast_path_would_bypass_are_reported() -> None:
     class Own(torch.nn.TransformerEncoderLayer):
         pass
@@ -220,6 +235,9 @@ BAD: list[Any] = [
     call((5, 2, 12), attn_mask=torch.zeros(5, 5, dtype=torch.int)),
     call((5, 2, 12), key_padding_mask=torch.zeros(2, 4)),
     call((5, 2, 12), is_causal=True),
+    call((5, 2, 12), attn_mask=torch.zeros(3, 5, 5)),
+    call((5, 2, 12), attn_mask=torch.zeros(5)),
+    call((5, 2, 12), key_padding_mask=torch.zeros(2, 5, dtype=torch.int)),
 ]
 
 
@@ -231,3 +249,56 @@ def test_errors_are_torch_s(bad: Any) -> None:
         bad(ours)
     assert mine.type is theirs.type
     assert str(mine.value) == str(theirs.value)
+
+
+# ---- torch's own samples, and the rest of parity ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_samples_of_torch_s_own_tests(training: bool) -> None:
+    (info,) = (info for info in module_db if info.module_cls is torch.nn.MultiheadAttention)
+    samples = info.module_inputs_func(info, device="cpu", dtype=torch.float64, requires_grad=True, training=training)
+    assert len(samples) > 10
+    for sample in samples:
+        made, called = sample.constructor_input, sample.forward_input
+        torch.manual_seed(0)
+        theirs = torch.nn.MultiheadAttention(*made.args, **made.kwargs, dtype=torch.float64).train(training)
+        mine = ours.MultiheadAttention(*made.args, **made.kwargs, dtype=torch.float64).train(training)
+        mine.load_state_dict(theirs.state_dict())
+        found, expected = [], []
+        for layer, outcome in ((mine, found), (theirs, expected)):
+            torch.manual_seed(1)
+            out, weights = layer(*called.args, **called.kwargs)
+            leaves = [t for t in called.args if isinstance(t, Tensor) and t.requires_grad]
+            outcome += [
+                out,
+                weights,
+                torch.autograd.grad(out.sin().sum(), [*leaves, *layer.parameters()], allow_unused=True),
+            ]
+        assert_close(found, expected)
+
+
+def test_masks_of_two_kinds_warn_as_torch_s_do() -> None:
+    x = torch.randn(5, 2, 12, dtype=torch.float64)
+    causal, padding = torch.zeros(5, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.bool)
+    for layer in pair(12, 3):
+        for masks in ((causal, padding), (causal.bool(), padding.double())):
+            with pytest.warns(UserWarning, match="mismatched key_padding_mask and attn_mask is deprecated"):
+                layer(x, x, x, attn_mask=masks[0], key_padding_mask=masks[1], need_weights=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_without_a_break() -> None:
+    """Without weights; the matrix of weights is torch's under torch.compile, which fullgraph would not notice."""
+    mine, theirs = (layer.eval() for layer in pair(12, 3, batch_first=True))
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    causal = torch.ones(6, 6, dtype=torch.bool).triu(1)
+
+    def call(layer: Any, x: Tensor) -> Tensor:
+        out: Tensor = layer(x, x, x, attn_mask=causal, need_weights=False)[0]
+        return out
+
+    compiled = torch.compile(lambda x: call(mine, x), backend="aot_eager", fullgraph=True)
+    with fastconv.observe() as records:
+        assert_close(compiled(x), call(theirs, x))
+    assert [r.op for r in records] == ["sdpa_fwd"]

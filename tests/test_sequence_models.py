@@ -196,9 +196,27 @@ def test_sinusoids_are_the_paper_s() -> None:
 def test_relative_biases_follow_the_distance() -> None:
     bias = positions.RelativeBias(2, 2)
     nn.init.normal_(bias.weight)
-    found = bias(3, 6, start=3)
+    line = bias(3, 6, start=3)
+    assert line.shape == (2, 3 + 6 - 1)
+    found = positions.matrix(line, 3)
     for h, i, j in itertools.product(range(2), range(3), range(6)):
         assert found[h, i, j] == bias.weight[h, max(-2, min(2, j - (i + 3))) + 2]
+
+
+def test_relative_biases_are_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On our kernels; a mask stays boolean, and a causal one no mask at all."""
+    seen = []
+    right = fastconv.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool, **options: Any) -> Any:
+        seen.append((None if mask is None else mask.dtype, causal, {name: t.shape for name, t in options.items()}))
+        return right(q, k, v, mask, p, causal, **options)
+
+    monkeypatch.setattr(fastconv.functional, "scaled_dot_product_attention", spy)
+    model = models.create("transformer", **{**TRANSFORMER, "num_layers": 1}, positions="relative").eval()
+    model(padded(11, 3, 9), tokens(7, 3, 6))
+    shape = {"relative_bias": (3, 17)}
+    assert seen == [(torch.bool, False, shape), (None, True, {"relative_bias": (3, 11)}), (torch.bool, False, {})]
 
 
 def test_positions_beyond_what_was_learned() -> None:

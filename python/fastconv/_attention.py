@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -117,12 +118,16 @@ def scaled_dot_product_attention(
     if has_torch_function_variadic(query, key, value) or (
         has_torch_function_variadic(attn_mask) and not isinstance(attn_mask, CausalBias)
     ):
-        return overridden(  # type: ignore[no-any-return]
-            scaled_dot_product_attention,
-            _theirs,
-            tuple(t for t in (query, key, value, attn_mask) if t is not None),
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **own,
-        )  # fmt: skip
+        # A jagged tensor's own attention is found by torch's function alone, as long as nobody has been asked about ours.
+        with torch._C.DisableTorchFunctionSubclass():
+            jagged = any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value))
+        if not jagged:
+            return overridden(  # type: ignore[no-any-return]
+                scaled_dot_product_attention,
+                _theirs,
+                tuple(t for t in (query, key, value, attn_mask) if t is not None),
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **own,
+            )  # fmt: skip
     bias = attn_mask if isinstance(attn_mask, CausalBias) else None
     mask = None if bias is not None else attn_mask
     tensors = by_name(query, key, value, mask)
@@ -446,6 +451,18 @@ def _routing(*args: Any, **kwargs: Any) -> Any:
     return (scaled_dot_product_attention if _routed.get() else _theirs)(*args, **kwargs)
 
 
+def with_our_attention(function: Any) -> Any:
+    """A copy of one of torch.nn.functional's functions that calls ours by torch's name: what torch.compile can trace of `sdpa`.
+
+    Its globals say no module's name, by which the compiler would look them up in torch's instead.
+    """
+    names = {name: value for name, value in function.__globals__.items() if name != "__name__"}
+    names["scaled_dot_product_attention"] = scaled_dot_product_attention
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
 @contextmanager
 def sdpa() -> Iterator[None]:
     """While the block runs, `torch.nn.functional.scaled_dot_product_attention` is fastconv's, in this thread (or asyncio task).
@@ -455,6 +472,8 @@ def sdpa() -> Iterator[None]:
 
     Modules of torch and of other libraries call it by that name, so nothing in them has to change; a name that somebody has
     imported from there stays torch's. What has no kernel of ours goes to torch and is counted, see `fastconv.set_fallback`.
+    `torch.nn.attention.sdpa_kernel` chooses between torch's kernels, and so concerns those calls alone. torch.compile breaks the
+    graph at the block; `fastconv.nn.MultiheadAttention` and `fastconv.functional` it traces whole.
     """
     global _blocks
     with _lock:

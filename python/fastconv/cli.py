@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fastconv", description="Convolution, pooling and dense layers for PyTorch on fastconv's own kernels."
+        prog="fastconv",
+        description="Convolution, pooling, dense, attention and norm layers for PyTorch on fastconv's own kernels.",
     )
     parser.add_argument("--version", action="version", version=f"fastconv {fastconv.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -17,7 +17,7 @@ from torch.nn.modules.utils import _pair
 
 from . import _fused, _same_pooling
 from . import functional as F
-from ._attention import sdpa, weights_of
+from ._attention import sdpa, weights_of, with_our_attention
 from ._folding import ACTIVATION_LAYERS, fold, why_not_folded
 from ._padding import SAME, same
 from ._routes import for_torch
@@ -335,6 +335,9 @@ class LayerNorm(torch.nn.LayerNorm):
         return F.layer_norm(input, *options) if residual is None else F.layer_norm(input, *options, residual=residual)
 
 
+_traced_forward = with_our_attention(torch.nn.functional.multi_head_attention_forward)
+
+
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` whose attention runs on fastconv's kernels; the projections around it are torch's.
 
@@ -373,13 +376,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             weights = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             own = {"use_separate_proj_weight": True, **{name: getattr(self, name) for name in weights}}
+        arguments = (
+            query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias,
+            self.bias_k, self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
+            self.training, key_padding_mask, False, attn_mask,
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            out, _ = _traced_forward(*arguments, is_causal=is_causal, **own)
+            return (out.transpose(0, 1) if batched else out), None
         with sdpa(), weights_of(need_weights) as found:
-            out, _ = torch.nn.functional.multi_head_attention_forward(
-                query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias,
-                self.bias_k, self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
-                training=self.training, key_padding_mask=key_padding_mask, need_weights=False, attn_mask=attn_mask,
-                is_causal=is_causal, **own,
-            )  # fmt: skip
+            out, _ = torch.nn.functional.multi_head_attention_forward(*arguments, is_causal=is_causal, **own)
         out = out.transpose(0, 1) if batched else out
         if not need_weights:
             return out, None
@@ -390,7 +396,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` on fastconv's kernels.
 
-    In eval mode torch's own computes the whole layer in one call of its, past the layers inside. This one never does.
+    In eval mode torch's own computes the whole layer in one call of its, past the layers inside. This one never does. An addition
+    and the norm behind it are one pass over memory.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -398,6 +405,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         self.self_attn.__class__ = MultiheadAttention
         for linear in (self.linear1, self.linear2):
             linear.__class__ = Linear
+        for norm in (self.norm1, self.norm2):
+            norm.__class__ = LayerNorm
 
     def forward(
         self,
@@ -409,10 +418,18 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         padding, mask = _canonical_masks(src, src_mask, "src_mask", src_key_padding_mask)
         x = src
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), mask, padding, is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, mask, padding, is_causal))
-        return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
+            y, x = _add_norm(self.norm2, x, self._sa_block(self.norm1(x), mask, padding, is_causal))
+            return x + self._ff_block(y)
+        x, _ = _add_norm(self.norm1, x, self._sa_block(x, mask, padding, is_causal))
+        return _add_norm(self.norm2, x, self._ff_block(x))[0]
+
+
+def _add_norm(norm: Any, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of x + more, and the sum: in one pass where the norm is ours and not, say, somebody's RMSNorm in its place."""
+    if isinstance(norm, LayerNorm):
+        return norm(x, more)  # type: ignore[no-any-return]
+    total = x + more
+    return norm(total), total
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):

@@ -2,7 +2,9 @@
 // there is never more than a tile of queries against a block.
 //
 //   tile       6 queries x 64 keys, then 6 queries x 64 features (AVX-512), blocks/gemm_tile.h
-//   transform  keys into panels of 64, values into rows, halves into floats: once for each chunk and block
+//   transform  keys into panels of 64, once for each head where they are at most 2 MB; values into rows, once for each chunk
+//   where
+//              they do not lie so; halves into floats
 //   multiply   scores, exp2, times values
 //   run        chunks of queries, or chunks x segments of keys, shared out among threads
 //
@@ -73,6 +75,10 @@ struct Scratch {
 };
 
 // --- multiply
+// Keys whose values are summed in one chain; what chains sum is added up. At 2048 x 64 the error is 1.55 times torch's with the
+// 1024 keys of a block in one, 1.20 with 512 and 0.99 with 256, which takes 1 % longer (128 features: 1.13 and 0.98, 1.7 %).
+constexpr int64_t kChain = 256;
+
 template <class T>
 FC_INLINE bool all_finite(const T* p, int64_t count) {
   constexpr int kChains = 4;
@@ -102,7 +108,8 @@ FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<
   const T factor = scores<S>(a, args, at);
   const int64_t rows = at.rows.count;
   const KeyRange vectors{at.keys.begin / kL * kL, round_up(at.keys.end, kL)};
-  T shrink[AttentionTile<T>::kRowLanes];
+  T shrink[AttentionTile<T>::kRowLanes], ones[AttentionTile<T>::kRowLanes];
+  for (T& one : ones) one = 1;
   weigh<T>({rows, at.s, at.s_step, vectors, factor, at.most}, state, started, shrink);
   if (a.dropout.p > 0) {
     QueryRow row = query_row(a, at.rows.hkv, at.rows.first);
@@ -112,10 +119,15 @@ FC_INLINE void tile(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<
     }
   }
   const auto weighted = [&](int64_t m, int64_t count, KeyRange keys) {
-    multiply_tile<T>(count, width,
-                     {at.s + m * at.s_step + keys.begin, at.s_step, 1, values.v + keys.begin * values.step, values.step,
-                      keys.end - keys.begin, state.out + m * width, width},
-                     started ? shrink + m : nullptr);
+    const T* factors = started ? shrink + m : nullptr;
+    for (int64_t begin = keys.begin, end; begin == keys.begin || begin < keys.end; begin = end, factors = ones) {
+      end = (begin / kChain + 1) * kChain;
+      end = end < keys.end ? end : keys.end;
+      multiply_tile<T>(count, width,
+                       {at.s + m * at.s_step + begin, at.s_step, 1, values.v + begin * values.step, values.step, end - begin,
+                        state.out + m * width, width},
+                       factors);
+    }
   };
   if (!values.exact) return weighted(0, rows, at.keys);
   QueryRow row = query_row(a, at.rows.hkv, at.rows.first);

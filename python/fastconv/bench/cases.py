@@ -104,6 +104,10 @@ class Case(ABC):
         """torch.compile's contestant. NotImplementedError where there is nothing to compile."""
         raise NotImplementedError(f"torch.compile is not timed on {self.op} {self.direction}")
 
+    def math_call(self, layout: str) -> Call:
+        """torch's attention that stores the scores. NotImplementedError for all but attention."""
+        raise NotImplementedError(f"torch_math is not timed on {self.op} {self.direction}")
+
     def engine_call(self, engine: str, threads: int) -> Call:
         """The contestant of one of ``engines.ENGINES``. NotImplementedError for all but whole networks in f32."""
         raise NotImplementedError(f"{engine} is not timed on {self.op} {self.direction}")
@@ -125,6 +129,9 @@ class Case(ABC):
     # How far the largest error, in units of the truth's root mean square, may be above the bound of the L2 error: a single
     # wrong element must not hide among a million right ones, whose largest is 5 if they are normal.
     max_over_l2: ClassVar[float] = 20.0
+
+    # Whether peak memory is measured: where one contestant stores what another does not.
+    measures_memory: ClassVar[bool] = False
 
     @property
     def layouts(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ targets:
   model resnet50 …      the whole converted model (gpt2 and bert_base too, on 128 tokens); with --train a training step
                         (forward, backward, SGD)
   call                  what a call on a tiny problem costs
+  lengths               attention over its length: time, peak memory, a picture (fastconv bench lengths --help)
   readme                rewrite the results table of a README from a JSON file (fastconv bench readme --help)
 
 examples:
@@ -74,6 +75,8 @@ _DEFAULT_SHAPES = {
         "h8q512d64",
         "h12q1k4096d64",
         "h32g8q1k4096d128",
+        *(f"h8q512d{features}" for features in (32, 80, 96, 128, 256)),
+        *(f"h8q512d64+{mask}" for mask in ("causal", "bool", "float", "padding")),
     ),
     "layer_norm": ("m1c768", "m16c64", "m197c768", "m512c1024", "m3136c96", "m4096c4096"),
     "batch_norm": ("n8c64h112+relu", "n8c64h56+residual+relu", "n8c128h28+relu", "n8c512h7+relu", "n8c256h56"),
@@ -100,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return lengths(words[1:])
     args = _parser().parse_args(words)
+    args.peers = args.peers or ("torch", "torch_math" if set(args.targets) == {"sdpa"} else "torch_channels_last")
     missing = [name for name in ("torch", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -144,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--isa", type=_names(), default=("auto",), help="auto, or targets such as avx2,avx512 (auto)")
     parser.add_argument(
         "--peers",
-        type=_names("torch", "torch_channels_last", "compile", "openvino", "onnxruntime", "none"),
-        default=("torch", "torch_channels_last"),
-        help="torch, torch_channels_last, compile, none; openvino and onnxruntime for whole models (the first two)",
+        type=_names("torch", "torch_channels_last", "torch_math", "compile", "openvino", "onnxruntime", "none"),
+        help="torch, torch_channels_last, compile, none; openvino and onnxruntime for whole models; torch_math for sdpa "
+        "(the first two; for sdpa alone torch,torch_math)",
     )
     parser.add_argument(
         "--pass", dest="directions", type=_names("fwd", "dgrad", "wgrad", "bwd"), help="fwd (default), …"

@@ -1,17 +1,15 @@
 """fastconv bench lengths: time and peak memory of attention over its length, beside torch's two ways, as table and picture.
 
-Peak memory is what a call adds to the process's, result included. Scratch that fastconv's threads keep from one call to the next
-(up to 16 MB) counts where it is first needed, and so mostly at the shortest length.
+Peak memory is what a call adds to the process's, result and scratch included. Where some call lasts longer than 3 seconds, that
+one call of each, which the memory is taken from, is the only sample.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import math
-import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastconv
+from fastconv.bench import context
+from fastconv.bench.attention import torch_math
 from fastconv.bench.command import numbers
-from fastconv.testing.timing import Contestant, Protocol, interleave
+from fastconv.bench.memory import peak_bytes
+from fastconv.testing.timing import Contestant, Protocol, Samples, interleave
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 # torch's MATH stores the scores, and its backward several of their size: beyond this it is left out.
 _MOST_SCORES = 1 << 30
+# A call that lasts so long is timed once: 18 of them would be minutes, and noise is a small part of one.
+_LONG_SECONDS = 3.0
 
 Row = dict[str, Any]
 
@@ -43,28 +46,8 @@ def _theirs(backend: SDPBackend) -> Callable[..., Tensor]:
 CONTESTANTS: dict[str, Callable[..., Tensor]] = {
     "fastconv": fastconv.functional.scaled_dot_product_attention,
     "torch": _theirs(SDPBackend.FLASH_ATTENTION),
-    "torch MATH": _theirs(SDPBackend.MATH),
+    "torch MATH": torch_math,
 }
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """How far resident memory rises above what it was while `call` runs, from Linux's high-water mark; 0 where there is none."""
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of earlier calls would serve this one unseen
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
-    except (AttributeError, OSError):
-        return 0
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
 
 
 def measure(length: int, args: argparse.Namespace) -> list[Row]:
@@ -85,17 +68,25 @@ def measure(length: int, args: argparse.Namespace) -> list[Row]:
     scores = args.heads * length * length * operands[0].element_size()
     if scores * (4 if args.backward else 2) > _MOST_SCORES:
         del calls["torch MATH"]
-    peaks = {name: peak_bytes(run) for name, run in calls.items()}
+    peaks, single = {}, {}
+    for name, run in calls.items():
+        start = time.perf_counter()
+        peaks[name] = peak_bytes(run) or 0
+        single[name] = Samples([time.perf_counter() - start])
+    if max(found.median for found in single.values()) > _LONG_SECONDS:
+        return [_row(length, name, found, peaks[name]) for name, found in single.items()]
     protocol = Protocol(
         repetitions=args.repetitions, max_repetitions=2 * args.repetitions, max_seconds=10, seed=args.seed
     )
     samples = interleave([Contestant(name, run) for name, run in calls.items()], protocol=protocol)
-    rows = []
     for name, found in samples.items():
         if found.error:
             raise RuntimeError(f"{name} at length {length}: {found.error}")
-        rows.append({"length": length, "who": name, "seconds": statistics.median(found.values), "bytes": peaks[name]})
-    return rows
+    return [_row(length, name, found, peaks[name]) for name, found in samples.items()]
+
+
+def _row(length: int, name: str, found: Samples, peak: int) -> Row:
+    return {"length": length, "who": name, "seconds": found.median, "samples": len(found.values), "bytes": peak}
 
 
 def draw(path: Path, rows: list[Row], title: str) -> None:
@@ -139,7 +130,11 @@ def main(argv: Sequence[str]) -> int:
             print(f"{length:>8}  {row['who']:<11}{times:>10.3f}{peak:>10.1f}{row['seconds'] / theirs:>10.2f}")
         rows += found
     if args.json:
-        args.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps(
+                {"title": title, "context": context.collect(["lengths", *argv], args.seed), "rows": rows}, indent=1
+            )
+        )
     if args.plot:
         draw(args.plot, rows, title)
         print(f"picture: {args.plot}")

@@ -23,6 +23,7 @@ Record = dict[str, Any]
 _PEERS = {
     "torch": "×nchw",
     "torch_channels_last": "×nhwc",
+    "torch_math": "×math",
     "compile": "×comp",
     "openvino": "×openvino",
     "onnxruntime": "×onnxrt",
@@ -100,10 +101,12 @@ class Reporter:
         for (op, direction), part in grouped(members, lambda row: (row.match["op"], row.match["direction"])).items():
             self.say(f"\n{op} {direction} {part[0].match['dtype']}", "bold")
             micro = any(row.match["run"].startswith("call") for row in part)
-            rates, peers = _rates(part), _peers(part)
+            rates, peers, weighed = _rates(part), _peers(part), _weighed(part)
             columns = ["shape", "lay", ">T", "kernel", ">µs" if micro else ">ms", ">IQR", *rates]
-            columns += [*(f">{_PEERS[peer]}" for peer in peers), ">err", "note"]
-            self.table(columns, [_cells(row, micro, rates, peers) for row in part], [_style(row) for row in part])
+            columns += [*(f">{_PEERS[peer]}" for peer in peers), ">err"]
+            columns += [">MB" if who == "fastconv" else f">MB {_PEERS[who][1:]}" for who in weighed] + ["note"]
+            cells = [_cells(row, micro, rates, (peers, weighed)) for row in part]
+            self.table(columns, cells, [_style(row) for row in part])
 
     def summary(self, document: Record) -> None:
         """Geometric means, weighted totals, the share of layers slower than torch, and each of those by name."""
@@ -168,15 +171,31 @@ def _rates(part: Sequence[Row]) -> dict[str, str]:
 
 
 def _peers(part: Sequence[Row]) -> list[str]:
-    """torch's two formats, and the other peers that were timed."""
+    """torch's two formats, and the other peers that were timed; attention has but one format."""
     timed = {peer for row in part for peer in row.entry.get("ratios", {})}
-    return [peer for peer in _PEERS if peer in timed or peer in ("torch", "torch_channels_last")]
+    always = ("torch",) if part[0].match["op"] == "sdpa" else ("torch", "torch_channels_last")
+    return [peer for peer in _PEERS if peer in timed or peer in always]
 
 
-def _cells(row: Row, micro: bool, rates: dict[str, str], peers: Sequence[str]) -> list[str]:
+def _weighed(part: Sequence[Row]) -> list[str]:
+    """Whose peak memory was measured."""
+    found = {c["who"] for row in part for c in row.match["contestants"] if c.get("peak_bytes") is not None}
+    return [who for who in ("fastconv", *_PEERS) if who in found]
+
+
+def _megabytes(row: Row, who: str) -> str:
+    """Peak memory of this row, or of a peer with as many threads."""
+    entries = [row.entry] if who == "fastconv" else row.match["contestants"]
+    found = [c.get("peak_bytes") for c in entries if c["who"] == who and c["threads"] == row.threads]
+    return f"{found[0] / 2**20:.1f}" if found and found[0] is not None else ""
+
+
+def _cells(row: Row, micro: bool, rates: dict[str, str], others: tuple[Sequence[str], Sequence[str]]) -> list[str]:
+    """`others`: whose times are compared, and whose memory was measured."""
     entry, ratios = row.entry, row.entry.get("ratios", {})
+    peers, weighed = others
     if not row.ok:
-        blanks = [""] * (2 + len(rates) + len(peers))
+        blanks = [""] * (2 + len(rates) + len(peers) + len(weighed))
         return [*_identity(row), row.kernel, entry["status"].upper(), *blanks, entry["reason"]]
     error = entry["error"].get("ratio_to_torch")
     return [
@@ -187,6 +206,7 @@ def _cells(row: Row, micro: bool, rates: dict[str, str], peers: Sequence[str]) -
         *(_rate(entry[field], title) for title, field in rates.items()),
         *(_ratio(ratios.get(peer)) for peer in peers),
         "exact" if entry["error"]["rel_l2"] == 0 else "" if error is None else f"{error:.2f}",
+        *(_megabytes(row, who) for who in weighed),
         _note(row),
     ]
 

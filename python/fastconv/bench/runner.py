@@ -14,12 +14,14 @@ from torch import Tensor
 import fastconv
 from fastconv.bench import peaks
 from fastconv.bench.cases import Call, Case
+from fastconv.bench.memory import peak_bytes
 from fastconv.plan import observe
 from fastconv.testing.timing import Contestant, Probe, Protocol, Samples, describe, interleave
 
 PEERS = {
     "torch": "nchw",
     "torch_channels_last": "nhwc",
+    "torch_math": "nchw",
     "compile": "nhwc",
     "openvino": "nchw",
     "onnxruntime": "nchw",
@@ -90,6 +92,9 @@ def run(case: Case, settings: Settings) -> Record:
     entries = [entry for entry in entries if _check_first(case, entry)]
     _bound_errors(case, records)
     entries = [entry for entry in entries if entry.record["status"] == "ok"]
+    for entry in entries if case.measures_memory else ():
+        with entry.conditions():
+            entry.record["peak_bytes"] = peak_bytes(entry.call)
     contestants = [Contestant(entry.name, entry.call, entry.conditions) for entry in entries]
     probes = _probes(case, settings, records)
     samples = interleave(contestants, [probe for probe, _ in probes], settings.protocol)
@@ -163,6 +168,8 @@ def _enter(case: Case, record: Record, forced: dict[str, str]) -> _Entry:
         call = case.fastconv_call(layout)
     elif record["who"] == "compile":
         call = case.compiled_call(layout)
+    elif record["who"] == "torch_math":
+        call = case.math_call(layout)
     elif record["who"] not in EAGER:
         call = case.engine_call(record["who"], record["threads"])
     else:

@@ -8,7 +8,8 @@
     linear       m197i768o3072                rows, input features, output features
     layer_norm   m197c768                     rows, numbers of a row
     batch_norm   n8c64h56w56+relu             batch, channels, height, width; +residual, +relu
-    sdpa         n1h16q2048d64+causal         heads, queries, features; g heads of keys, k keys, v features of values
+    sdpa         n1h16q2048d64+causal         heads, queries, features; g heads of keys, k keys, v features of values;
+                                              +bool, +float, +padding (a boolean mask of keys alone)
 
 These are the ids of ``fastconv.testing.problems`` with everything optional that has an obvious value: n, u, d, g are 1,
 p is 0, w is h, s is r, and a pool's stride is its window, as in torch. Several numbers are joined by x: u2x1, p0x1x0x1.
@@ -112,9 +113,16 @@ class BatchNormShape:
         return f"n{self.n}c{self.c}h{self.h}{width}" + "+residual" * self.residual + "+relu" * self.relu
 
 
+MASKS = ("bool", "float", "padding")
+"""Masks of attention: one boolean or floating number for each score, or a boolean for each key."""
+
+
 @dataclass(frozen=True)
 class SdpaShape:
-    """n batch elements of h heads of q queries and g heads of k keys, with d features and v of a value."""
+    """n batch elements of h heads of q queries and g heads of k keys, with d features and v of a value.
+
+    ``mask`` is "" or one of MASKS.
+    """
 
     n: int
     h: int
@@ -124,13 +132,15 @@ class SdpaShape:
     d: int
     v: int
     causal: bool = False
+    mask: str = ""
 
     def __str__(self) -> str:
         fields = {"n": self.n, "h": self.h, "q": self.q}
         fields |= {"g": self.g} if self.g != self.h else {}
         fields |= {"k": self.k} if self.k != self.q else {}
         fields |= {"d": self.d} | ({"v": self.v} if self.v != self.d else {})
-        return "".join(f"{letter}{number}" for letter, number in fields.items()) + "+causal" * self.causal
+        extras = "+causal" * self.causal + f"+{self.mask}" * bool(self.mask)
+        return "".join(f"{letter}{number}" for letter, number in fields.items()) + extras
 
 
 Shape = ConvCase | ConvTransposeShape | PoolCase | LinearShape | NormShape | BatchNormShape | SdpaShape
@@ -219,11 +229,13 @@ def parse_batch_norm(text: str) -> BatchNormShape:
 def parse_sdpa(text: str) -> SdpaShape:
     """``h16q2048d64+causal`` to an SdpaShape."""
     fields, extras = _split(text, known="nhgqkdv", needed="hqd")
-    if extras not in ("", "+causal"):
-        raise ValueError(f"shape {text!r}: only +causal can be timed, got {extras!r}")
+    words = extras.split("+")[1:]
+    if extras and (len(words) != 1 or words[0] not in ("causal", *MASKS)):
+        raise ValueError(f"shape {text!r}: only +causal or one of +{', +'.join(MASKS)} can be timed, got {extras!r}")
     f = {"n": "1", "g": fields["h"], "k": fields["q"], "v": fields["d"]} | fields
     n, h, g, q, k, d, v = (int(f[letter]) for letter in "nhgqkdv")
-    shape = SdpaShape(n, h, g, q, k, d, v, bool(extras))
+    causal = words == ["causal"]
+    shape = SdpaShape(n, h, g, q, k, d, v, causal, "" if causal else "".join(words))
     if min(shape.n, shape.h, shape.g, shape.q, shape.k, shape.d, shape.v) < 1 or shape.h % shape.g:
         raise ValueError(f"shape {text!r}: every size must be positive and g must divide h")
     return shape

@@ -5,6 +5,7 @@ Vaswani et al.: Attention is all you need, 2017
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from fastconv import functional
 from fastconv import nn as ours
+from fastconv._routes import exporting
 from fastconv.models.layers import Layers
+from fastconv.models.positions import matrix
 
 
 def library(beside: nn.Module) -> ModuleType:
@@ -88,14 +91,39 @@ class Attention(nn.Module):
         return split_heads(self.key(context), self.num_heads), split_heads(self.value(context), self.num_heads)
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """(B, Lq, d_model), from projected keys and values; the mask is that of scaled_dot_product_attention."""
+        """(B, Lq, d_model), from projected keys and values.
+
+        The mask, boolean where there is a bias, and is_causal are those of scaled_dot_product_attention; ``bias``
+        (H, Lq + Lkv - 1) is added by distance, without a matrix on fastconv's kernels.
+        """
         query = split_heads(self.query(x), self.num_heads)
         p = self.dropout if self.training else 0.0
         attend = library(self.out).scaled_dot_product_attention
-        y: Tensor = self.out(join_heads(attend(query, keys, values, mask, p, is_causal)))
+        options: dict[str, Tensor] = {}
+        traced = torch._C._get_tracing_state() is not None or exporting()
+        if bias is not None and attend is functional.scaled_dot_product_attention and x.is_cpu and not traced:
+            options["relative_bias"] = bias
+        elif bias is not None:
+            mask, is_causal = _added(bias, mask, is_causal, query.shape[2], keys.shape[2]), False
+        y: Tensor = self.out(join_heads(attend(query, keys, values, mask, p, is_causal, **options)))
         return y
+
+
+def _added(bias: Tensor, seen: Tensor | None, is_causal: bool, queries: int, keys: int) -> Tensor:
+    """One floating mask of biases by distance, a boolean mask and the upper left causal one: all that torch's attention takes."""
+    scores = matrix(bias, queries)
+    if is_causal:
+        lower = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril()
+        scores = scores.masked_fill(~lower, -math.inf)
+    return scores if seen is None else scores.masked_fill(~seen, -math.inf)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

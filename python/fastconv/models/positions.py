@@ -59,7 +59,13 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
 
     def forward(self, queries: int, keys: int, start: int = 0) -> Tensor:
-        """(num_heads, queries, keys), the first query being at position ``start`` of the keys."""
-        device, most = self.weight.device, self.max_distance
-        distance = torch.arange(keys, device=device) - torch.arange(start, start + queries, device=device)[:, None]
+        """(num_heads, queries + keys - 1), the first query being at position ``start`` of the keys: what
+        ``fastconv.functional.scaled_dot_product_attention`` takes as relative_bias."""
+        most = self.max_distance
+        distance = torch.arange(1 - queries, keys, device=self.weight.device) - start
         return self.weight[:, distance.clamp(-most, most) + most]
+
+
+def matrix(bias: Tensor, queries: int) -> Tensor:
+    """The (num_heads, queries, keys) matrix that such biases stand for: each query's line begins one place before the last's."""
+    return bias.unfold(1, bias.shape[1] - queries + 1, 1).flip(1)

@@ -43,9 +43,9 @@ class EncoderLayer(nn.Module):
         self.norm2 = layers.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
         attention = self.self_attention
-        x, _ = add_norm(self.norm1, x, self.dropout(attention(x, *attention.project(x), mask)))
+        x, _ = add_norm(self.norm1, x, self.dropout(attention(x, *attention.project(x), mask, bias=bias)))
         x, _ = add_norm(self.norm2, x, self.dropout(self.feed_forward(x)))
         return x
 
@@ -71,7 +71,7 @@ class DecoderLayer(nn.Module):
         keys, values = self.self_attention.project(x)
         if cache is not None:
             keys, values = cache.append(keys, values)
-        attended = self.self_attention(x, keys, values, see.own, is_causal=see.is_causal)
+        attended = self.self_attention(x, keys, values, see.own, see.is_causal, see.bias)
         x, _ = add_norm(self.norm1, x, self.dropout(attended))
         x, _ = add_norm(self.norm2, x, self.dropout(self.cross_attention(x, *memory, see.source)))
         x, _ = add_norm(self.norm3, x, self.dropout(self.feed_forward(x)))
@@ -80,11 +80,12 @@ class DecoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Sight:
-    """What a decoder's positions see: masks of their own sequence (or is_causal) and of the source."""
+    """What a decoder's positions see: masks of their own sequence (or is_causal) and of the source; biases of their own."""
 
     own: Tensor | None
     is_causal: bool
     source: Tensor | None
+    bias: Tensor | None = None
 
 
 @dataclass
@@ -174,21 +175,18 @@ class Transformer(nn.Module):
         y: Tensor = self.dropout(x if self.relative else self.positions[side](x, start))
         return y
 
-    def _bias(self, side: str, queries: int, keys: int, seen: Tensor | None) -> Tensor | None:
-        """The mask of a self-attention: ``seen`` (bool), and the biases of relative positions where the model has them."""
-        if not self.relative:
-            return seen
-        bias: Tensor = self.positions[side](queries, keys, keys - queries)
-        return bias if seen is None else bias.masked_fill(~seen, -math.inf)
+    def _bias(self, side: str, queries: int, keys: int) -> Tensor | None:
+        """The biases of relative positions of a self-attention, where the model has them: of each distance, not of each score."""
+        return self.positions[side](queries, keys, keys - queries) if self.relative else None
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor | None]:
         """The encoder's output (B, S, d_model), and which positions are seen (B, 1, 1, S), None where all are."""
         padded = source == self.padding
         seen = ~padded[:, None, None] if bool(padded.any()) else None
         x = self._embed("source", source)
-        mask = self._bias("source", source.shape[1], source.shape[1], seen)
+        bias = self._bias("source", source.shape[1], source.shape[1])
         for layer in self.encoder:
-            x = layer(x, mask)
+            x = layer(x, seen, bias)
         return x, seen
 
     def start(self, source: Tensor) -> Decoding:
@@ -202,9 +200,8 @@ class Transformer(nn.Module):
         past = state.caches[0].length if state.caches else 0
         queries, keys = tokens.shape[1], past + tokens.shape[1]
         x = self._embed("target", tokens, past)
-        whole = past == 0 and not self.relative
-        causal = None if whole or queries == 1 else causal_mask(queries, keys, x.device)
-        see = Sight(self._bias("target", queries, keys, causal), whole and queries > 1, state.hidden)
+        causal = None if past == 0 or queries == 1 else causal_mask(queries, keys, x.device)
+        see = Sight(causal, past == 0 and queries > 1, state.hidden, self._bias("target", queries, keys))
         caches: Sequence[KeyValueCache | None] = state.caches or [None] * len(self.decoder)
         for layer, memory, cache in zip(self.decoder, state.memories, caches, strict=True):
             x = layer(x, memory, see, cache)

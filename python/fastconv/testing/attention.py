@@ -236,6 +236,9 @@ def _grid() -> Iterator[SdpaCase]:
         yield SdpaCase(1, 1, 1, 9, 40, 32, 130, layout, causal="causal")
         yield SdpaCase(1, 1, 1, 3, 70, 256, 16, layout)
         yield SdpaCase(1, 1, 1, 3, 20, 0, 5, layout)  # all scores are 0
+    for D in (257, 384, 512):  # wider than every tile and what blocks are cut for
+        yield SdpaCase(1, 2, 1, 7, 70, D, D - 1, causal="causal")
+    for layout in ("bhld", "blhd"):
         # Several blocks and several segments of keys, several chunks of queries.
         yield SdpaCase(1, 1, 1, 5, 1100, 16, 16, layout, causal="lower")
         yield SdpaCase(1, 2, 1, 1, 2600, 8, 24, layout)
