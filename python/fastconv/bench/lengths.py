@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     kind = ("causal " if args.causal else "") + f"attention {'forward and backward' if args.backward else 'forward'}"
-    title = f"{kind}, {args.heads} x L x {args.features}, {args.dtype}, {args.threads} threads"
+    title = f"{kind}, {args.heads} x L x {args.features}, {args.dtype}, {args.threads} thread{'' if args.threads == 1 else 's'}"
     print(f"{title}\n{'length':>8}  {'who':<11}{'ms':>10}{'peak MB':>10}{'of torch':>10}")
     rows: list[Row] = []
     for length in args.lengths:
