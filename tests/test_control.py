@@ -338,3 +338,18 @@ def test_memory_format_is_read_like_torch_reads_it() -> None:
                 if y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last):
                     continue
                 assert plan.prefers_channels_last(t.shape, t.stride()) == expected, (t.shape, t.stride())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("groups", [1, 4, 96], ids=["dense", "grouped", "depthwise"])
+def test_an_algorithm_is_chosen_in_its_widest_vectors(groups: int, layout: torch.memory_format) -> None:
+    x = torch.randn(1, 96, 56, 56).contiguous(memory_format=layout)
+    with fastconv.observe() as records:
+        conv2d(x, torch.randn(96, 96 // groups, 3, 3), stride=2, padding=1, groups=groups)
+    algorithm = records[0].kernel.rpartition(".")[0]
+    widest = next(
+        kernel
+        for kernel in fastconv.kernels("conv2d_fwd")
+        if kernel.runnable and kernel.name.startswith(algorithm + ".")
+    )
+    assert records[0].kernel == widest.name
