@@ -97,3 +97,25 @@ def test_growing(forward: Forward, last: bool) -> None:
         module(leaf).square().sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_norms_of_halves_stay_norms(how: str) -> None:
+    """A convolution in their place would be torch's, with factors of 8 bits."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.BatchNorm2d(32), nn.ReLU()).eval()
+    norm = model[0]
+    assert isinstance(norm, nn.BatchNorm2d)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.running_mean, -1, 1)  # type: ignore[arg-type]
+    x = torch.randn(2, 32, 5, 6).contiguous(memory_format=torch.channels_last)
+    if how == "bfloat16":
+        model, x = model.bfloat16(), x.bfloat16()
+    fused = fastconv.fuse(model)
+    assert len(fused.report.joined) == 1
+    with torch.no_grad(), torch.autocast("cpu", enabled=how == "autocast"):
+        expected, found = model(x), fused(x)
+    assert found.dtype is expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        fused(x[0])

@@ -13,6 +13,7 @@ from fastconv._batch_norm import batch_norm
 from fastconv._folding import fold
 from fastconv._padding import SAME, Quad, same
 from fastconv.nn import ConvBnAct
+from fastconv.ops._dispatch import DTYPES
 from fastconv.ops._packed import PackedFilters
 
 Pair = tuple[int, int]
@@ -143,9 +144,13 @@ class FrozenNorm(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (got {input.dim()}D input)")  # as torch.nn.BatchNorm2d
         own = self._buffers
-        if input.dim() == 4 and input.stride(1) == 1:
-            weight, bias = cast(Tensor, own["weight"]), own["bias"]
+        weight, bias = cast(Tensor, own["weight"]), own["bias"]
+        # Where our kernels would not take the convolution, a norm is better than torch's; autocast would round its factors.
+        ours = input.is_cpu and input.dtype is weight.dtype and input.dtype in DTYPES
+        if ours and input.stride(1) == 1 and not torch.is_autocast_enabled("cpu"):
             return _fused.frozen_conv2d(input, weight, bias, self._packed, self._geometry, None, self.activation)
         columns = own["mean"], own["variance"], own["gamma"], own["beta"]
         return batch_norm(input, *columns, eps=self.eps, activation=self.activation)
