@@ -56,6 +56,17 @@ def emulated(cuda_library: Path) -> Iterator[emulator.Emulator]:
         yield module
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread, with random numbers from a seed."""
+    torch = importlib.import_module("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops(*names): the operations whose kernels a test takes; all without it")
 

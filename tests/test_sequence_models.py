@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,14 +18,7 @@ from fastconv.commands.twins import build_twins
 from fastconv.models import decoding, positions
 from fastconv.models.attention import causal_mask
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TRANSFORMER = {"source_size": 11, "target_size": 7, "d_model": 24, "num_heads": 3, "num_layers": 2, "d_ff": 20}
