@@ -6,6 +6,7 @@
 #include <array>
 #include <optional>
 
+#include "core/freed_memory.h"
 #include "core/gpu.h"
 #include "core/machine_info.h"
 #include "core/parallel.h"
@@ -303,6 +304,7 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   watch_forks();
+  keep_freed_memory();
   bind_rows(m);
   bind_problems(m);
   bind_selection<Conv2dProblem>(m);

@@ -6,6 +6,7 @@ What could hang runs in a process of its own, under a time limit.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -233,3 +234,22 @@ def test_large_results_ask_for_huge_pages(value: str) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators decide by themselves what they keep")
+def test_freed_results_are_not_handed_back_to_the_system() -> None:
+    run_script("""
+        import resource
+        import fastconv
+        fastconv.kernels()  # loads the compiled module
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(8):
+                kept = [torch.empty(3 << 20, dtype=torch.uint8).fill_(1) for _ in range(5)]
+                del kept
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        faults()
+        assert faults() < 100, "15 MB are 3840 pages"
+    """)
