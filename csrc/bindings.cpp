@@ -6,6 +6,7 @@
 #include <array>
 #include <optional>
 
+#include "core/cascade.h"
 #include "core/freed_memory.h"
 #include "core/gpu.h"
 #include "core/machine_info.h"
@@ -74,6 +75,28 @@ void run_conv2d(const AnyPlan& plan, uintptr_t x, uintptr_t w, uintptr_t bias, u
       Conv2dArgs{address<void>(x), address<void>(w), address<void>(bias), address<void>(residual), address<void>(y),
                  address<void>(packed)},
       workspace, stream);
+}
+
+Cascade cascade_of(const std::vector<const AnyPlan*>& plans) {
+  std::vector<Plan<Conv2dProblem>> whole;
+  for (const AnyPlan* plan : plans) whole.push_back(plan->conv2d());
+  return Cascade(std::move(whole));
+}
+
+// Addresses of each convolution's w, bias and packed.
+void run_cascade(const Cascade& cascade, uintptr_t x, uintptr_t residual, uintptr_t y,
+                 const std::vector<std::array<uintptr_t, 3>>& filters) {
+  std::vector<Conv2dArgs> args;
+  for (const auto& [w, bias, packed] : filters) {
+    args.push_back({nullptr, address<void>(w), address<void>(bias), nullptr, nullptr, address<void>(packed)});
+  }
+  if (args.empty()) throw std::invalid_argument("a cascade takes the operands of each of its convolutions");
+  args.front().x = address<void>(x);
+  args.back().residual = address<void>(residual);
+  args.back().y = address<void>(y);
+  const Scratch scratch(cascade.workspace());
+  py::gil_scoped_release release;
+  cascade.run(args, scratch.data());
 }
 
 void run_pool2d(const AnyPlan& plan, uintptr_t x, uintptr_t y, uintptr_t indices, std::optional<uintptr_t> workspace,
@@ -327,6 +350,11 @@ PYBIND11_MODULE(_C, m) {
       .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0)
       .def("run_norm", &run_norm, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0)
       .def("run_batch_norm", &run_batch_norm, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0);
+  py::class_<Cascade>(m, "Cascade")
+      .def(py::init(&cascade_of), "plans"_a)
+      .def_property_readonly("rows", &Cascade::rows)
+      .def_property_readonly("workspace", &Cascade::workspace)
+      .def("run", &run_cascade, "x"_a, "residual"_a, "y"_a, "filters"_a);
   if (!add_eager_calls(m.ptr())) throw py::error_already_set();
   m.def("kernels", &kernels);
   m.def("machine", &machine);

@@ -46,6 +46,9 @@ class AnyPlan {
     std::visit([&](const auto& plan) { plan.kernel->pack(plan.problem, w, packed); }, plan_);
   }
 
+  // Throws std::bad_variant_access where the plan is no convolution's.
+  const Plan<Conv2dProblem>& conv2d() const { return std::get<Plan<Conv2dProblem>>(plan_); }
+
   // Without the GIL; on a GPU it starts the work on the stream and returns. Throws std::bad_variant_access where the plan is for
   // another kind of problem.
   void run(const Conv2dArgs& args, void* workspace, void* stream = nullptr) const {

@@ -14,9 +14,10 @@ class Report:
 
     ``frozen`` names the convolutions and ``linears`` the linear layers that run with frozen weights, ``norms`` and ``residuals``
     those of them that took over a BatchNorm and an addition. ``joined`` names the other BatchNorms that are one call with the
-    activation behind them, and ``grown`` the first of each chain of concatenations that is done in one memory. ``activations``
-    counts what is done in those calls. ``left`` lists such layers, other convolutions, norms, and activations after them that are
-    as they were; ``untraced`` the modules that torch.fx could not follow, whose parts were fused by themselves.
+    activation behind them, ``grown`` the first of each chain of concatenations that is done in one memory, and ``cascades`` the
+    first of convolutions that may run one after the other on bands of rows. ``activations`` counts what is done in those calls.
+    ``left`` lists such layers, other convolutions, norms, and activations after them that are as they were; ``untraced`` the
+    modules that torch.fx could not follow, whose parts were fused by themselves.
     """
 
     model: str
@@ -25,6 +26,7 @@ class Report:
     norms: list[str] = field(default_factory=list)
     joined: list[str] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)
+    cascades: list[str] = field(default_factory=list)
     activations: Counter[str] = field(default_factory=Counter)
     residuals: list[str] = field(default_factory=list)
     left: list[Kept] = field(default_factory=list)
@@ -42,6 +44,8 @@ class Report:
         parts += [f"{count} {name}" for name, count in sorted(self.activations.items())]
         if self.grown:
             parts.append(f"{_counted(len(self.grown), 'chain')} of concatenations in place")
+        if self.cascades:
+            parts.append(f"{_counted(len(self.cascades), 'cascade')}")
         if self.residuals:
             parts.append(_counted(len(self.residuals), "residual addition"))
         return f"{self.model}: {', '.join(parts)}"

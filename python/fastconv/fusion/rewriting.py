@@ -19,14 +19,15 @@ from torch.nn.utils import parametrize
 from fastconv import nn
 from fastconv._folding import activation_called, activation_of, why_not_folded
 from fastconv.conversion import Kept
-from fastconv.fusion import growing
+from fastconv.fusion import cascade, growing
+from fastconv.fusion.cascade import FrozenCascade
 from fastconv.fusion.frozen import FrozenConv2d, FrozenLinear, FrozenNorm
 from fastconv.fusion.report import Report
 
 _DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 # What can be frozen, and what it becomes.
 LAYERS = (torch.nn.Conv2d, torch.nn.Linear, nn.ConvBnAct)
-_FROZEN = (FrozenConv2d, FrozenLinear, FrozenNorm)
+_FROZEN = (FrozenConv2d, FrozenLinear, FrozenNorm, FrozenCascade)
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ADDITIONS_IN_PLACE = (operator.iadd, "add_")
@@ -78,7 +79,7 @@ class _Rewriting:
     def __init__(self, root: Module, graph: Graph, name: str, report: Report) -> None:
         self.root, self.graph, self.report, self.prefix = root, graph, report, f"{name}." if name else ""
         self.modules: dict[str, Module] = dict(root.named_modules(remove_duplicate=False))
-        self.frozen: dict[str, FrozenConv2d | FrozenLinear | FrozenNorm] = {}
+        self.frozen: dict[str, FrozenConv2d | FrozenLinear | FrozenNorm | FrozenCascade] = {}
         self.names: dict[tuple[Any, ...], str] = {}
 
     def run(self) -> GraphModule:
@@ -91,6 +92,8 @@ class _Rewriting:
             self._join_norm(node)
         for node in list(self.graph.nodes):
             self._grow(node)
+        for calls in cascade.find(self.graph, self._module, self._writes):
+            self._cascade(calls)
         for node in self.graph.nodes:
             self._list_if_left(node)
         parts: dict[str, Any] = {str(node.target): self._module(node) for node in self._nodes("call_module")}
@@ -320,6 +323,21 @@ class _Rewriting:
         users = dict.fromkeys((*node.users, *cast(list[Node], self._parts(node))[0].users))
         following = [user for user in users if self._previous(user) is node]
         return following[0] if len(following) == 1 else None  # a second would write to the same place
+
+    # ---- Cascades ---------------------------------------------------------------------------------------------------------
+
+    def _cascade(self, calls: list[Node]) -> None:
+        """Makes calls of frozen convolutions one call, which takes them band by band."""
+        key = tuple(str(node.target) for node in calls)
+        if key not in self.names:
+            self.names[key] = self._new_name(key[0])
+            self.frozen[self.names[key]] = FrozenCascade([cast(FrozenConv2d, self._module(node)) for node in calls])
+        with self.graph.inserting_before(calls[-1]):
+            call = self.graph.call_module(self.names[key], (calls[0].args[0], *calls[-1].args[1:]))
+        calls[-1].replace_all_uses_with(call)
+        for node in reversed(calls):
+            self.graph.erase_node(node)
+        self.report.cascades.append(f"{self.prefix}{key[0]}")
 
     # ---- Results ----------------------------------------------------------------------------------------------------------
 
