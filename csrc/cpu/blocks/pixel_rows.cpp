@@ -1,47 +1,17 @@
 #include "cpu/blocks/pixel_rows.h"
 
-#include "cpu/blocks/conv2d_geometry.h"
 #include "cpu/blocks/filter_panel.h"
-#include "cpu/blocks/gemm_tile.h"
 #include "cpu/blocks/parallel.h"
-#include "cpu/blocks/split.h"
+#include "cpu/blocks/pixel_taps.h"
 #include "cpu/blocks/thin_tile.h"
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-// Elements of the reduction between two visits to y. A panel of 64 floats x 1536 is 384 KB: within the L2 of 1 MB of every
-// AVX-512 server, from which it streams at 21 bytes a cycle, a third of what L2 gives. It is a constant, not the machine's cache
-// size, because it fixes the order of the sum (law 7).
-constexpr int64_t kMaxDepth = 1536;
 // What the packed panels of one thread may take. Where several fit, a tile's pixels meet them all while they are in L1, and y is
 // written in long runs: 128 -> 512 channels of 28x28 went from 59 % to 68 % of peak. 640 KB hold two panels of 64 x 1152 (128
 // channels of 3x3), which at batch 8 is worth 6 to 12 % over one, and leave a third of the L2 for pixels.
 constexpr int64_t kMaxPanelBytes = 640 << 10;
-
-// The reduction of one group, cut into blocks. A "tap" is one filter row when x has no gaps between columns and all of it fits
-// (S*C elements in one run, so that a stem with three channels has an inner loop of 21, not 3) and one filter position otherwise.
-// A block that is too long loses channels, not taps: filters are packed along their memory, where all taps of a channel are
-// neighbours, and packing a third of them costs three times as much an element (512 -> 512 channels of 3x3 on 7x7 maps at batch
-// 1: 45 against 75 GFLOP/s).
-struct Reduction {
-  bool whole_rows;
-  int64_t depth;         // elements of one tap
-  EvenSplit chunks;      // of those elements
-  EvenSplit tap_groups;  // of the taps
-  int64_t taps_per_block, blocks;
-
-  explicit FC_INLINE Reduction(const Conv2dProblem& a)
-      : whole_rows(a.S > 1 && a.dilation_w == 1 && a.groups == 1 && a.x.w == a.C && a.S * a.C <= kMaxDepth &&
-                   (a.R * a.S * a.C <= kMaxDepth || a.C < kLanes<float>)),
-        depth(whole_rows ? a.S * a.C : a.C / a.groups),
-        chunks(depth, whole_rows              ? kMaxDepth
-                      : a.R * a.S < kMaxDepth ? kMaxDepth / (a.R * a.S)
-                                              : 1),
-        tap_groups(whole_rows ? a.R : a.R * a.S, kMaxDepth / chunks.largest()),
-        taps_per_block(tap_groups.largest()),
-        blocks(tap_groups.parts * chunks.parts) {}
-};
 
 // How the work is shared out: first over panels of filters, so that each is packed once, then over pixels.
 struct Shares {
@@ -62,40 +32,15 @@ struct Shares {
 // Scratch of one thread.
 template <class T>
 struct Scratch {
+  TilePointers<T> pointers;
   T* panels;            // [panels of a block][taps of a block][depth][width]
-  const T** rows;       // [taps of a block][rows of a tile]
-  T* zeros;             // [depth]: what padding reads
-  T* edges;             // [rows of a tile][taps of a block][depth]: filter rows that stick out to the left or right
   int64_t* tap_offset;  // [filter positions of a block]
 
-  Scratch(Arena& arena, const Reduction& reduction, const Shares& shares, const Conv2dProblem& a) {
-    const int64_t depth = reduction.chunks.largest(), taps = reduction.taps_per_block;
+  Scratch(Arena& arena, const Reduction& reduction, const Shares& shares, const Conv2dProblem& a) : pointers(arena, reduction) {
     panels = arena.take<T>(shares.panels_per_block * shares.panel_size);
-    rows = arena.take<const T*>(taps * GemmTile::kMaxRows);
-    zeros = arena.take<T>(depth);
-    edges = arena.take<T>(reduction.whole_rows ? GemmTile::kMaxRows * taps * depth : 0);
-    tap_offset = arena.take<int64_t>(taps * (reduction.whole_rows ? a.S : 1));
+    tap_offset = arena.take<int64_t>(reduction.taps_per_block * (reduction.whole_rows ? a.S : 1));
   }
 };
-
-// One block of the reduction: taps first .. first+taps of the filter, elements begin .. begin+depth of each.
-struct Block {
-  int64_t first, taps, begin, depth;
-  int64_t r, s;  // filter position of tap `first`, where taps are positions
-  bool within;   // 1x1 without padding: no pixel is outside
-};
-
-FC_INLINE Block block_at(const Conv2dProblem& a, const Reduction& reduction, int64_t index) {
-  const int64_t group = index % reduction.tap_groups.parts, chunk = index / reduction.tap_groups.parts;
-  const int64_t first = reduction.tap_groups.begin(group);
-  return {first,
-          reduction.tap_groups.size(group),
-          reduction.chunks.begin(chunk),
-          reduction.chunks.size(chunk),
-          first / a.S,
-          first % a.S,
-          a.R * a.S == 1 && a.pad_top == 0 && a.pad_left == 0 && (a.P - 1) * a.stride_h < a.H && (a.Q - 1) * a.stride_w < a.W};
-}
 
 template <class W>
 void pack_block(const Conv2dProblem& a, const Reduction& reduction, const Block& block, const W* w, int64_t filters,
@@ -109,49 +54,6 @@ void pack_block(const Conv2dProblem& a, const Reduction& reduction, const Block&
   pack_filters<W>(
       {w + (reduction.whole_rows ? 0 : block.begin * a.w.c), a.w.k, a.w.c, tap_offset, block.taps * per_tap, channels}, filters,
       width, panel);
-}
-
-// Pointers to what output pixel `pixel` reads, for every tap of the block.
-template <class T>
-FC_INLINE void point_row(const Conv2dProblem& a, const Reduction& reduction, const Block& block, const T* x, int64_t n, int64_t p,
-                         int64_t q, int rows, int m, const Scratch<T>& scratch) {
-  const int64_t top = p * a.stride_h - a.pad_top, left = q * a.stride_w - a.pad_left;
-  x += n * a.x.n;
-  if (block.within) {
-    scratch.rows[m] = x + top * a.x.h + left * a.x.w + block.begin;
-    return;
-  }
-  if (!reduction.whole_rows) {
-    int64_t r = block.r, s = block.s;
-    for (int64_t t = 0; t < block.taps; ++t) {
-      const int64_t h = top + r * a.dilation_h, w = left + s * a.dilation_w;
-      const bool inside = uint64_t(h) < uint64_t(a.H) && uint64_t(w) < uint64_t(a.W);
-      scratch.rows[t * rows + m] = inside ? x + h * a.x.h + w * a.x.w + block.begin : scratch.zeros;
-      if (++s == a.S) s = 0, ++r;
-    }
-    return;
-  }
-  const bool sticks_out = left < 0 || left + a.S > a.W;
-  for (int64_t t = 0; t < block.taps; ++t) {
-    const int64_t h = top + (block.first + t) * a.dilation_h;
-    const T** row = &scratch.rows[t * rows + m];
-    if (uint64_t(h) >= uint64_t(a.H)) {
-      *row = scratch.zeros;
-    } else if (!sticks_out) {
-      *row = x + h * a.x.h + left * a.x.w;
-    } else {
-      T* edge = scratch.edges + (m * block.taps + t) * block.depth;
-      const int64_t begin = clamp(-left, 0, a.S) * a.C, end = clamp(a.W - left, 0, a.S) * a.C;
-      const T* source = x + h * a.x.h + left * a.x.w;
-      for (int64_t i = 0; i < begin; ++i) edge[i] = T(0);
-      for (int64_t i = begin; i < end; i += kLanes<T>) {
-        const int lanes = end - i < kLanes<T> ? int(end - i) : kLanes<T>;
-        store(edge + i, load(source + i, lanes), lanes);
-      }
-      for (int64_t i = end > begin ? end : begin; i < block.depth; ++i) edge[i] = T(0);
-      *row = edge;
-    }
-  }
 }
 
 // Where the packed panel of a block is, when all of them are kept: [group][block][panel].
@@ -217,25 +119,22 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
         widen_panel(kept + i * shares.panel_size, block.taps * block.depth * width, panel);
       }
     }
-    int64_t q = task.first_pixel % a.Q, p = task.first_pixel / a.Q % a.P, n = task.first_pixel / a.Q / a.P;
+    find_offsets(a, reduction, block, scratch.pointers);
+    Pixel pixel = {task.first_pixel / a.Q / a.P, task.first_pixel / a.Q % a.P, task.first_pixel % a.Q};
     for (int64_t tile = 0; tile < tiles.parts; ++tile) {
       const int rows = int(tiles.size(tile));
       T *y[GemmTile::kMaxRows], *y_panel[GemmTile::kMaxRows];
-      for (int m = 0; m < rows; ++m) {
-        point_row(a, reduction, block, x, n, p, q, rows, m, scratch);
-        y[m] = static_cast<T*>(args.y) + n * a.y.n + p * a.y.h + q * a.y.w + task.g * filters;
-        if (++q == a.Q) {
-          q = 0;
-          if (++p == a.P) p = 0, ++n;
-        }
-      }
+      const bool by_offset =
+          point_tile(a, reduction, block, x, static_cast<T*>(args.y) + task.g * filters, rows, pixel, scratch.pointers, y);
+      const int64_t* offsets = by_offset ? scratch.pointers.x_offset : nullptr;
       for (int64_t i = 0; i < task.panel_count; ++i) {
         const int64_t vectors = shares.vectors.size(task.first_panel + i),
                       k0 = shares.vectors.begin(task.first_panel + i) * kLanes<T>;
         const int64_t width = vectors * kLanes<T>;
         for (int m = 0; m < rows; ++m) y_panel[m] = y[m] + k0;
         const ColumnPiece piece = {0, int32_t(filters - k0 < width ? filters - k0 : width), 0, 1};
-        const TileInput<T> in = {scratch.rows, 1, panels + i * shares.panel_size, width, block.taps, block.depth};
+        const TileInput<T> in = {scratch.pointers.rows, 1,      panels + i * shares.panel_size, width, block.taps,
+                                 block.depth,           offsets};
         const TileOutput<T> out = {y_panel,
                                    &piece,
                                    1,
@@ -278,7 +177,7 @@ void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
       T* y[kThinRows];
       for (int m = 0; m < rows; ++m) {
         const int64_t pixel = task.first_pixel + m, q = pixel % a.Q, p = pixel / a.Q % a.P, n = pixel / a.Q / a.P;
-        point_row(a, reduction, block, x, n, p, q, rows, m, scratch);
+        point_row(a, reduction, block, x, n, p, q, rows, m, scratch.pointers);
         y[m] = static_cast<T*>(args.y) + n * a.y.n + p * a.y.h + q * a.y.w + task.g * filters + k;
       }
       const ColumnPiece piece = {0, int32_t(last_k - k < step ? last_k - k : step), 0, 1};
@@ -290,12 +189,12 @@ void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
       if constexpr (kIsHalf<W>) {
         if (args.packed) {
           const W* kept = static_cast<const W*>(args.packed) + kept_panel(reduction, shares, task.g, b, panel);
-          thin_panel<W>(rows, int(step / kLanes<T>), {scratch.rows, kept, step, block.depth}, out);
+          thin_panel<W>(rows, int(step / kLanes<T>), {scratch.pointers.rows, kept, step, block.depth}, out);
           continue;
         }
       }
       const W* w = static_cast<const W*>(args.w) + task.g * a.w.g + k * a.w.k + block.begin;
-      thin_tile<W>(rows, {scratch.rows, w, a.w.k, piece.end, block.depth}, out);
+      thin_tile<W>(rows, {scratch.pointers.rows, w, a.w.k, piece.end, block.depth}, out);
     }
   }
 }
@@ -318,8 +217,9 @@ int64_t pixel_rows_workspace(const Conv2dProblem& a, const Machine& machine) {
 }
 
 template <class W>
-void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+void pixel_rows_run(const Conv2dProblem& images, const Conv2dArgs& args, const Context& context) {
   using T = compute_t<W>;
+  const Conv2dProblem a = as_one_row(images);
   const Reduction reduction(a);
   const Shares shares = Shares::of<T>(a, reduction, context.machine->threads);
   const int64_t panels = shares.vectors.parts, splits = shares.pixel_splits, pixels = a.N * a.P * a.Q;
@@ -329,7 +229,7 @@ void pixel_rows_run(const Conv2dProblem& a, const Conv2dArgs& args, const Contex
   parallel_ranges(context, a.groups * splits * panels, [&](int thread, int64_t begin, int64_t end) {
     Arena arena(static_cast<char*>(context.workspace) + thread * counter.used());
     const Scratch<T> scratch(arena, reduction, shares, a);
-    for (int64_t i = 0; i < reduction.chunks.largest(); ++i) scratch.zeros[i] = T(0);
+    for (int64_t i = 0; i < reduction.chunks.largest(); ++i) scratch.pointers.zeros[i] = T(0);
     for (int64_t i = begin; i < end;) {
       const int64_t panel = i % panels, split = i / panels % splits, g = i / panels / splits;
       int64_t count = panels - panel < end - i ? panels - panel : end - i;
