@@ -353,3 +353,15 @@ def test_an_algorithm_is_chosen_in_its_widest_vectors(groups: int, layout: torch
         if kernel.runnable and kernel.name.startswith(algorithm + ".")
     )
     assert records[0].kernel == widest.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_depthwise_is_depthwise_at_every_stride(layout: torch.memory_format, stride: int, dtype: torch.dtype) -> None:
+    """The matrix multiplications, with one channel to multiply, take 4 to 60 times as long; stride 4 in f64 once chose one."""
+    for size, filter_size in ((48, 3), (96, 5), (33, 4)):
+        x = torch.randn(1, size, 64, 48, dtype=dtype).contiguous(memory_format=layout)
+        w = torch.randn(size, 1, filter_size, filter_size, dtype=dtype)
+        answer = fastconv.explain("conv2d_fwd", x, w, stride=stride, padding=filter_size // 2, groups=size)
+        assert ".depthwise." in str(answer).split("*")[1].splitlines()[0], str(answer)

@@ -117,7 +117,9 @@ int64_t depthwise_workspace(const Conv2dProblem& a, const Machine& machine) {
 // Seconds. Compute and memory traffic add up, because the large layers stream from L3 and the small ones do not.
 template <class T>
 double depthwise_cost(const Conv2dProblem& a, const Machine& machine) {
-  const double x_bytes = double(a.N) * double(a.C) * double(a.H) * double(a.W) * sizeof(T);
+  // Of the rows between the taps nothing is read.
+  const double rows_read = a.stride_h > a.R ? double(a.R) / double(a.stride_h) : 1;
+  const double x_bytes = double(a.N) * double(a.C) * double(a.H) * double(a.W) * rows_read * sizeof(T);
   const double y_bytes = double(a.N) * double(a.K) * double(a.P) * double(a.Q) * sizeof(T);
   const bool in_place = depthwise_over_channels(a), rows = !in_place && !over_planes(a);
   // A transpose there and back costs about what the memory does.

@@ -274,7 +274,10 @@ double pixel_rows_efficiency(const Conv2dProblem& a) {
   const double filters = double(a.K / a.groups), vectors = double(round_up(a.K / a.groups, kLanes<T>)) / kLanes<T>;
   const double lanes = filters / (vectors * kLanes<T>);
   const double depth = double(a.R) * double(a.S) * double(a.C / a.groups);
-  const double start = depth / (depth + 12);  // a tile's prologue and stores take about as long as twelve steps
+  // A tile's prologue and stores take about as long as twelve steps, and going to a tap as long as eight steps of its channels:
+  // 48 groups of one channel took 5 times as long as without this.
+  const int64_t channels = a.C / a.groups, steps = channels < 8 && !Reduction(a).whole_rows ? (8 - channels) * a.R * a.S : 0;
+  const double start = depth / (depth + 12 + double(steps));
   const double wide = vectors >= 4 ? 1 : vectors >= 2 ? 0.9 : 0.7;  // loads per FMA of the narrow tiles
   const double pixels = double(a.N) * double(a.P) * double(a.Q);
   // A packed element costs as much as its use by 16 pixels where it is transposed, by 4 where it is copied or only read.
