@@ -43,6 +43,21 @@ def test_error_stays_within_what_the_default_may_pick(name: str, layout: str) ->
     assert relative_l2(result.outputs[output], truth.outputs[output]) <= {4: 2e-6, 6: 4e-6, 8: 2e-5}[m + r - 1]
 
 
+@pytest.mark.parametrize("name", WINOGRAD)
+@pytest.mark.parametrize("window", ["p2d2", "p0x3x4x1d2x3", "p1d1x4", "p9x0x1x8d5x1"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_every_phase_of_a_dilated_convolution(name: str, window: str, layout: str) -> None:
+    """Phases of unequal sizes, of which one reads nothing but padding, and paddings that start in the middle of them."""
+    m, r = tile_and_filter(name)
+    op = name.split(".")[0]
+    for size in ("n2c20h31w27", "n1c5h29w26"):
+        case = conv_case(f"{size}k18r{r}s{r}u1{window}g1-{layout}")
+        inputs, truth = harness.problem_data(op, case, as_in_a_network)
+        result = harness.run(op, case, "f32", inputs, force=name)
+        output = {"conv2d_fwd": "y", "conv2d_dgrad": "x", "conv2d_wgrad": "w"}[op]
+        assert relative_l2(result.outputs[output], truth.outputs[output]) <= {4: 2e-6, 6: 4e-6, 8: 2e-5}[m + r - 1]
+
+
 @pytest.mark.parametrize("name", [k for k in WINOGRAD if "_wgrad" in k])
 def test_the_error_of_a_filter_gradient_stays_small_over_many_tiles(name: str) -> None:
     """Its sums run over all tiles of a batch: 1568 here. Channels of every vector's remainder cost no accuracy."""

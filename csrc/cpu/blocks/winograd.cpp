@@ -234,13 +234,26 @@ void deliver_transposed(const Conv2dProblem& a, const T* products, int64_t width
   }
 }
 
+// Sizes and strides of one phase of y.
+FC_INLINE Conv2dProblem outputs_of(const Conv2dProblem& whole, const DilationPhase& phase) {
+  Conv2dProblem a = whole;
+  a.P = rows_of_phase(whole.P, phase.i, whole.dilation_h);
+  a.Q = rows_of_phase(whole.Q, phase.j, whole.dilation_w);
+  a.y.h *= whole.dilation_h;
+  a.y.w *= whole.dilation_w;
+  return a;
+}
+
 // Tiles first .. first+tiles of the batch, filters k0 .. of the problem.
 template <class T, class F>
-void deliver(const Conv2dProblem& a, const Conv2dArgs& args, const Blocking<T, F>& blocking, int64_t first, int64_t tiles,
+void deliver(const Conv2dProblem& whole, const Conv2dArgs& args, const Blocking<T, F>& blocking, int64_t first, int64_t tiles,
              int64_t k0, int64_t filters, int64_t width, const Scratch<T, F>& scratch) {
-  Grid<F>(a).for_each_strip(first, first + tiles, [&](int64_t n, int64_t p, int64_t column, int64_t count, int64_t before) {
+  Grid<F>(whole).for_each_strip(first, first + tiles, [&](int64_t n, int64_t p, int64_t column, int64_t count, int64_t before) {
+    const DilationPhase phase(n, whole.dilation_h, whole.dilation_w);
+    const Conv2dProblem a = outputs_of(whole, phase);
+    const int64_t start = phase.n * a.y.n + phase.i * whole.y.h + phase.j * whole.y.w;
     const auto destination = [&](int64_t q, int64_t k) -> Destination<T> {
-      const int64_t offset = n * a.y.n + p * a.y.h + q * a.y.w + (k0 + k) * a.y.c;
+      const int64_t offset = start + p * a.y.h + q * a.y.w + (k0 + k) * a.y.c;
       return {static_cast<T*>(args.y) + offset, a.epilogue.bias ? static_cast<const T*>(args.bias) + k0 + k : nullptr,
               a.epilogue.residual ? static_cast<const T*>(args.residual) + offset : nullptr,
               int(clamp(filters - k, 0, kLanes<T>))};
@@ -271,7 +284,6 @@ const char* winograd_reject(const Conv2dProblem& a) {
     return F::kTaps == 3 ? "the filters are not 3x3" : F::kTaps == 5 ? "the filters are not 5x5" : "the filters are not 7x7";
   }
   if (a.stride_h != 1 || a.stride_w != 1) return "the stride is not 1";
-  if (a.dilation_h != 1 || a.dilation_w != 1) return "the dilation is not 1";
   return nullptr;
 }
 
@@ -319,8 +331,9 @@ void winograd_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context&
         const int64_t first = blocking.blocks.begin(block), tiles = blocking.blocks.size(block);
         const int64_t from = panels * split / blocking.splits, to = panels * (split + 1) / blocking.splits;
         if (from < to && *scratch.held != g * blocking.blocks.parts + block) {
-          transform_windows<F, InputWindow<F>>({x, a.x, a.H, a.W, channels, a.pad_top, a.pad_left}, Grid<F>(a), first, tiles,
-                                               Positions<T>{scratch.v, blocking.v_step, blocking.depth}, scratch.strip);
+          transform_windows<F, InputWindow<F>>({x, a.x, a.H, a.W, channels, a.pad_top, a.pad_left, a.dilation_h, a.dilation_w},
+                                               Grid<F>(a), first, tiles, Positions<T>{scratch.v, blocking.v_step, blocking.depth},
+                                               scratch.strip);
           *scratch.held = g * blocking.blocks.parts + block;
         }
         for (int64_t i = from; i < to; ++i) {

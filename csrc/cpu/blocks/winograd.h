@@ -13,7 +13,7 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// nullptr where winograd_run can run: filters of r x r, stride and dilation 1.
+// nullptr where winograd_run can run: filters of r x r, stride 1, any dilation.
 template <class F>
 const char* winograd_reject(const Conv2dProblem& a);
 

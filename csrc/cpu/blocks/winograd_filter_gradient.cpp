@@ -164,8 +164,9 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
   const int64_t c = task.g * channels + c0, k = task.g * (a.K / a.groups) + task.k0;
   const int64_t columns = clamp(channels - c0, 0, (task.last - task.first) * kLanes<T>);
   const Grid<F> grid(a);
-  const Image<T> x = {static_cast<const T*>(args.x) + c * a.x.c, a.x, a.H, a.W, columns, a.pad_top, a.pad_left};
-  const Image<T> y = {static_cast<const T*>(args.y) + k * a.y.c, a.y, a.P, a.Q, filters, 0, 0};
+  const Image<T> x = {
+      static_cast<const T*>(args.x) + c * a.x.c, a.x, a.H, a.W, columns, a.pad_top, a.pad_left, a.dilation_h, a.dilation_w};
+  const Image<T> y = {static_cast<const T*>(args.y) + k * a.y.c, a.y, a.P, a.Q, filters, 0, 0, a.dilation_h, a.dilation_w};
   for (int64_t first = 0; first < grid.count; first += blocking.tiles) {
     const int64_t tiles = grid.count - first < blocking.tiles ? grid.count - first : blocking.tiles;
     transform_windows<F, InputWindow<F>>(x, grid, first, tiles, Positions<T>{scratch.x, blocking.x_step(), blocking.width()},

@@ -13,15 +13,34 @@ namespace fastconv::FASTCONV_TARGET {
 // Tiles of one row that are transposed together, where channels are not contiguous: 64 pixels for F(4x4).
 inline constexpr int64_t kStripTiles = 16;
 
+// A dilated convolution is one without dilation on each of dilation_h x dilation_w *phases*: images of every dilation_h-th row
+// and dilation_w-th column. Phase i of the outputs reads one phase of the inputs. What follows counts phases as images: (n *
+// dilation_h + i) * dilation_w + j.
+struct DilationPhase {
+  int64_t n, i, j;
+
+  FC_INLINE DilationPhase(int64_t image, int64_t dilation_h, int64_t dilation_w)
+      : n(image / dilation_w / dilation_h), i(image / dilation_w % dilation_h), j(image % dilation_w) {}
+};
+
+// Of `size` rows, those of phase `i`.
+FC_INLINE int64_t rows_of_phase(int64_t size, int64_t i, int64_t dilation) {
+  return dilation == 1 ? size : size > i ? (size - i + dilation - 1) / dilation : 0;
+}
+
 // The outputs of the batch as tiles.
 template <class F>
 struct Grid {
   int64_t down, across, count;  // tiles of an image, of the batch
 
   explicit FC_INLINE Grid(const Conv2dProblem& a)
-      : down((a.P + F::kOutput - 1) / F::kOutput), across((a.Q + F::kOutput - 1) / F::kOutput), count(a.N * down * across) {}
+      : down(tiles_of(rows_of_phase(a.P, 0, a.dilation_h))),
+        across(tiles_of(rows_of_phase(a.Q, 0, a.dilation_w))),
+        count(a.N * a.dilation_h * a.dilation_w * down * across) {}
 
-  // visit(n, first output row, tile column, tiles, tiles before) for stretches of at most kStripTiles tiles of one row.
+  static FC_INLINE int64_t tiles_of(int64_t outputs) { return (outputs + F::kOutput - 1) / F::kOutput; }
+
+  // visit(image, first output row, tile column, tiles, tiles before) for stretches of at most kStripTiles tiles of one row.
   template <class Visit>
   FC_INLINE void for_each_strip(int64_t begin, int64_t end, const Visit& visit) const {
     for (int64_t t = begin; t < end;) {
@@ -61,6 +80,26 @@ struct Image {
   Stride4 stride;
   int64_t H, W, channels;
   int64_t top, left;  // rows and columns before the first, where the window of the first tile starts
+  int64_t dilation_h = 1, dilation_w = 1;
+
+  // The image that a phase of the outputs reads.
+  FC_INLINE Image phase(int64_t image) const {
+    if (dilation_h == 1 && dilation_w == 1) {
+      Image whole = *this;
+      whole.at += image * stride.n;
+      return whole;
+    }
+    const DilationPhase phase(image, dilation_h, dilation_w);
+    const auto first = [](int64_t start, int64_t dilation) { return (start % dilation + dilation) % dilation; };
+    const int64_t i = first(phase.i - top, dilation_h), j = first(phase.j - left, dilation_w);
+    return {at + phase.n * stride.n + i * stride.h + j * stride.w,
+            {0, stride.c, stride.h * dilation_h, stride.w * dilation_w},
+            rows_of_phase(H, i, dilation_h),
+            rows_of_phase(W, j, dilation_w),
+            channels,
+            (i - (phase.i - top)) / dilation_h,
+            (j - (phase.j - left)) / dilation_w};
+  }
 };
 
 // positions[position][tile][channel]. A vector between positions keeps them out of one another's cache sets.
@@ -152,13 +191,14 @@ FC_INLINE void prefetch_window(const T* window, const Stride4& stride) {
 
 // Tiles first .. first+tiles of the batch, from the image to positions.
 template <class F, class Window, class T>
-void transform_windows(const Image<T>& image, const Grid<F>& grid, int64_t first, int64_t tiles, const Positions<T>& to,
+void transform_windows(const Image<T>& batch, const Grid<F>& grid, int64_t first, int64_t tiles, const Positions<T>& to,
                        T* strip) {
   constexpr int64_t kL = kLanes<T>, kStep = F::kOutput, kSize = Window::kSize;
-  const Stride4& stride = image.stride;
   grid.for_each_strip(first, first + tiles, [&](int64_t n, int64_t p, int64_t column, int64_t count, int64_t before) {
+    const Image<T> image = batch.phase(n);
+    const Stride4& stride = image.stride;
     const int64_t h = p - image.top, w = column * kStep - image.left;
-    const T* x = image.at + n * stride.n;
+    const T* x = image.at;
     T* v = to.at + before * to.tile_step;
     if (stride.c != 1) {
       const int64_t pixels = (count - 1) * kStep + kSize;
