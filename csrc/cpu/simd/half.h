@@ -187,11 +187,6 @@ FC_INLINE vec<float> set1_pair(const bf16* p) {
   __builtin_memcpy(&pair, p, sizeof pair);
   return {_mm512_set1_ps(pair)};
 }
-// Pairs of lower[i] and upper[i].
-FC_INLINE vec<float> pair_up(half_lanes lower, half_lanes upper) {
-  return {
-      _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(lower), _mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16)))};
-}
 // 32 numbers as bf16, side by side.
 FC_INLINE vec<float> narrow_pairs(vec<float> a, vec<float> b) { return {(__m512)_mm512_cvtne2ps_pbh(b.v, a.v)}; }
 #endif
