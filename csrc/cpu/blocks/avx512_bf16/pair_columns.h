@@ -5,6 +5,24 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
+// Two rows of numbers, of which one or both may be absent, as one of pairs: zeros where they are, and from `count` on.
+FC_INLINE void interleave(const bf16* lower, const bf16* upper, int64_t count, int64_t width, bf16* pairs) {
+  constexpr int64_t kL = kLanes<float>;
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const __mmask32 has_lower = lower ? ~0u : 0u, has_upper = upper ? ~0u : 0u;
+  lower = lower ? lower : pairs, upper = upper ? upper : pairs;
+  for (int64_t k = 0; k < width; k += 2 * kL) {
+    const int64_t n = count - k < 0 ? 0 : count - k;
+    const __mmask32 some = _bzhi_u32(~0u, unsigned(n < 2 * kL ? n : 2 * kL));
+    const __m512i x = _mm512_maskz_loadu_epi16(some & has_lower, lower + k),
+                  y = _mm512_maskz_loadu_epi16(some & has_upper, upper + k);
+    // The halves of each 128 bits, and those in their order.
+    const __m512i a = _mm512_unpacklo_epi16(x, y), b = _mm512_unpackhi_epi16(x, y);
+    _mm512_storeu_si512(pairs + 2 * k, _mm512_permutex2var_epi64(a, first, b));
+    if (k + kL < width) _mm512_storeu_si512(pairs + 2 * (k + kL), _mm512_permutex2var_epi64(a, second, b));
+  }
+}
+
 // Of kLanes rows that are `step` apart, of which those from `lanes` on count as zeros, the first `count` numbers in pairs:
 // emit(i, pair i of all rows). A zero makes up the last pair of an odd count.
 template <class Emit>

@@ -18,8 +18,6 @@ constexpr int64_t kMaxPanelBytes = 640 << 10;
 // Pixels whose sums wait in scratch where there are several blocks: filters are packed again for each chunk of them, which costs
 // as much as 16 pixels.
 constexpr int64_t kChunkPixels = 384;
-// Rows of a panel from a load to its prefetch: out of the L2, and out of memory where few rows use it once.
-constexpr int64_t kAhead = 4, kFarAhead = 16;
 
 struct Cut {
   int64_t depth, pairs;
@@ -131,7 +129,7 @@ struct Call {
         if (!last) out.sums = sums;
         const bf16* const b = kept ? kept + (task.g * cut.vectors.parts + panel) * cut.kept_size() + begin * width * 2
                                    : scratch.panels + i * cut.panel_size();
-        pair_tile(rows, int(cut.vectors.size(panel)), {x, b, width, pairs, thin ? kFarAhead : kAhead}, out);
+        pair_tile(rows, int(cut.vectors.size(panel)), {x, b, width, pairs, thin ? kAheadInMemory : kAheadInL2}, out);
       }
     }
   }

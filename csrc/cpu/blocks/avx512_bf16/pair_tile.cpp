@@ -99,8 +99,8 @@ void tile(const PairInput& in, const PairOutput& out) {
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) rows[m] = in.a[m];
   const bf16* b = in.b;
-  const int64_t step = 2 * in.width, ahead = in.ahead * step, end = 2 * in.pairs;
-  for (int64_t d = 0; d != end; d += 2, b += step) {
+  const int64_t step = 2 * in.width, ahead = in.ahead * step, end = in.a_step * in.pairs;
+  for (int64_t d = 0; d != end; d += in.a_step, b += step) {
     vec<float> panel[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {

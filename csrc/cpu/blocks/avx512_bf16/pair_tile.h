@@ -1,6 +1,6 @@
 // gemm_tile of pairs: bf16 operands whose products VDPBF16PS takes two at a time, summed in floats.
 //
-//   sum[m][k] = sum over pairs i of  a[m][2i] * b[i][k][0] + a[m][2i + 1] * b[i][k][1]
+//   sum[m][k] = sum over pairs i of  a[m][i][0] * b[i][k][0] + a[m][i][1] * b[i][k][1]
 //
 // The broadcast operand `a` is read where it lies, 32 bits at a time; the vector operand is a packed panel. A sum is one chain
 // over all pairs, whatever the tile and wherever the reduction is cut: what was summed so far is loaded into the registers.
@@ -12,11 +12,12 @@
 namespace fastconv::FASTCONV_TARGET {
 
 struct PairInput {
-  const bf16* const* a;  // [rows], each [pairs][2]
+  const bf16* const* a;  // [rows], each [pairs], a_step numbers from one pair to the next
   const bf16* b;         // [pairs][width][2]
   int64_t width;         // columns: whole vectors
   int64_t pairs;
   int64_t ahead;  // rows of b from a load to its prefetch
+  int64_t a_step = 2;
 };
 
 // Where a tile goes: to y, rounded once behind the epilogue, or to `sums` where there is more to add. `columns` count in y.
@@ -30,6 +31,9 @@ struct PairOutput {
   const bf16* residual;  // of the element at y_base, or absent; laid out as y is
   const bf16* y_base;
 };
+
+// Rows of b from a load to its prefetch: out of the L2, and out of memory where few rows use it once.
+inline constexpr int64_t kAheadInL2 = 4, kAheadInMemory = 16;
 
 // One tile of 1 <= rows <= GemmTile::rows(vectors).
 void pair_tile(int rows, int vectors, const PairInput& in, const PairOutput& out);
