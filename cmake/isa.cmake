@@ -40,6 +40,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     file(GLOB FASTCONV_PAIR_SOURCES CONFIGURE_DEPENDS csrc/cpu/kernels/avx512_bf16/*.cpp csrc/cpu/blocks/avx512_bf16/*.cpp)
     fastconv_add_isa(avx512_bf16 "-march=x86-64-v4;-mavx512bf16;-mprefer-vector-width=512" ${FASTCONV_PAIR_SOURCES}
                      csrc/cpu/blocks/fma_burst.cpp csrc/cpu/blocks/input_gradient.cpp csrc/cpu/blocks/bias_gradient.cpp
-                     csrc/cpu/blocks/attention.cpp csrc/cpu/kernels/sdpa_fwd_flash.cpp)
+                     csrc/cpu/blocks/attention.cpp csrc/cpu/kernels/sdpa_fwd_flash.cpp
+                     csrc/cpu/kernels/sdpa_bwd_flash.cpp)
   endif()
 endif()

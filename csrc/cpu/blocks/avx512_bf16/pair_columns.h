@@ -23,6 +23,13 @@ FC_INLINE void interleave(const bf16* lower, const bf16* upper, int64_t count, i
   }
 }
 
+// narrow_pairs' numbers of a and b as pairs of the first, of the second, and so on.
+FC_INLINE vec<float> side_by_side(vec<float> halves) {
+  const __m512i pick = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
+                                                             10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(pick, _mm512_castps_si512(halves.v)))};
+}
+
 // Of kLanes rows that are `step` apart, of which those from `lanes` on count as zeros, the first `count` numbers in pairs:
 // emit(i, pair i of all rows). A zero makes up the last pair of an odd count.
 template <class Emit>

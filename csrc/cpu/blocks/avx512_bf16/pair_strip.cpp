@@ -6,19 +6,22 @@ namespace {
 constexpr int kL = kLanes<float>, kMaxVectors = GemmTile::kMaxVectors, kMaxRows = GemmTile::rows(kMaxVectors);
 // Rows of b from a load to its prefetch, as in attention_tile.cpp.
 constexpr int64_t kAhead = 4;
+// The same of a, where pairs lie apart and each is on a line of its own, as in gemm_tile.cpp.
+constexpr int64_t kRowsAhead = 8;
 
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, bool kApart = false>
 struct Sums {
   vec<float> at[kRows][kVectors];
 
-  FC_INLINE Sums(const bf16* const (&rows)[kRows], const bf16* b, int64_t width, int64_t pairs) {
+  FC_INLINE Sums(const bf16* const (&rows)[kRows], const bf16* b, int64_t width, int64_t pairs, int64_t a_step = 2) {
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) at[m][v] = zero<float>();
     }
     const int64_t step = 2 * width;
-    for (int64_t d = 0; d < 2 * pairs; d += 2, b += step) {
+    for (int64_t d = 0, end = a_step * pairs; d < end; d += a_step, b += step) {
+      if (kApart) __builtin_prefetch(rows[0] + d + kRowsAhead * a_step);
       vec<float> panel[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
@@ -68,7 +71,7 @@ void scores(const PairStrip in, int64_t panels, float* s, int64_t s_row, float* 
   }
 }
 
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, bool kApart>
 void values(const PairStrip in, float* out, int64_t out_row, const float* shrink) {
   const bf16* rows[kRows];
   point(in, rows);
@@ -79,7 +82,7 @@ void values(const PairStrip in, float* out, int64_t out_row, const float* shrink
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + m * out_row + v * kL, 1);
     }
   }
-  Sums<kRows, kVectors> sums(rows, in.b, in.width, in.pairs);
+  Sums<kRows, kVectors, kApart> sums(rows, in.b, in.width, in.pairs, kApart ? in.a_step : 2);
   if (shrink) {
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
@@ -96,13 +99,14 @@ using ValueFunction = void (*)(PairStrip, float*, int64_t, const float*);
 
 struct Tables {
   ScoreFunction scores[kMaxRows][kMaxVectors];
-  ValueFunction values[kMaxRows][kMaxVectors];
+  ValueFunction values[kMaxRows][kMaxVectors], apart[kMaxRows][kMaxVectors];
 };
 
 template <int kRows, int kVectors>
 constexpr void fill(Tables& tables) {
   tables.scores[kRows - 1][kVectors - 1] = scores<kRows, kVectors>;
-  tables.values[kRows - 1][kVectors - 1] = values<kRows, kVectors>;
+  tables.values[kRows - 1][kVectors - 1] = values<kRows, kVectors, false>;
+  tables.apart[kRows - 1][kVectors - 1] = values<kRows, kVectors, true>;
   if constexpr (kVectors > 1) {
     fill<kRows, kVectors - 1>(tables);
   } else if constexpr (kRows > 1) {
@@ -125,7 +129,7 @@ void score_pairs(int rows, int vectors, const PairStrip& in, int64_t panels, flo
 }
 
 void value_pairs(int rows, int vectors, const PairStrip& in, float* out, int64_t out_row, const float* shrink) {
-  kTables.values[rows - 1][vectors - 1](in, out, out_row, shrink);
+  (in.a_step == 2 ? kTables.values : kTables.apart)[rows - 1][vectors - 1](in, out, out_row, shrink);
 }
 
 }  // namespace fastconv::FASTCONV_TARGET

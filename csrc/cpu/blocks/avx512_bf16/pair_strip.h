@@ -7,14 +7,15 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// sum[m][v] = sum over i < pairs of  a[m*a_row + 2i] * b[2*(i*width + v*lanes) ...] and the same of the upper ones. For 1 to
-// GemmTile::rows(4) rows, each a chain over the pairs from 0 on.
+// sum[m][v] = sum over i < pairs of  a[m*a_row + i*a_step] * b[2*(i*width + v*lanes) ...] and the same of the upper ones. For 1
+// to GemmTile::rows(4) rows, each a chain over the pairs from 0 on.
 struct PairStrip {
   const bf16* a;
   int64_t a_row;
   const bf16* b;
   int64_t width;  // columns of b
   int64_t pairs;
+  int64_t a_step = 2;  // of scores always
 };
 
 // s[m*s_row + panel*vectors*lanes ...] = sums, where panel i of b starts i*pairs*2*width elements after b; and lane by lane
