@@ -148,14 +148,14 @@ FC_INLINE void weigh_rows(const Scores<T>& in, const SoftmaxRows<T>& state, bool
 
 template <class T>
 FC_INLINE void weigh(const Scores<T>& in, const SoftmaxRows<T>& state, bool started, T* shrink) {
-  weigh_rows(in, state, started, shrink, [&](int64_t, T* row, const auto& exp2) {
+  weigh_rows(in, state, started, shrink, [&](int64_t, T* row, const auto& exp2) __attribute__((always_inline)) {
     return exponentiate<kVectorRegisters == 32 ? 4 : 2>(row, in.vectors, exp2);
   });
 }
 #if FC_HAS_PAIRS
 FC_INLINE void weigh(const Scores<float>& in, const SoftmaxRows<float>& state, bool started, float* shrink,
                      const PairWeights& to) {
-  weigh_rows(in, state, started, shrink, [&](int64_t m, float* row, const auto& exp2) {
+  weigh_rows(in, state, started, shrink, [&](int64_t m, float* row, const auto& exp2) __attribute__((always_inline)) {
     bf16* const p = to.p + m * to.step;
     const WeightSums sums =
         to.keep ? exponentiate_pairs<true>(row, in.vectors, p, exp2) : exponentiate_pairs<false>(row, in.vectors, p, exp2);
