@@ -1,7 +1,7 @@
-# One object library for each ISA, all from the same sources.
+# One object library for each ISA, all from the same sources but for avx512_bf16, which has what its few kernels need.
 
 function(fastconv_add_isa target flags)
-  add_library(fastconv_cpu_${target} OBJECT ${FASTCONV_CPU_SOURCES})
+  add_library(fastconv_cpu_${target} OBJECT ${ARGN})
   target_include_directories(fastconv_cpu_${target} PRIVATE csrc)
   target_compile_definitions(fastconv_cpu_${target} PRIVATE FASTCONV_TARGET=${target})
   target_compile_features(fastconv_cpu_${target} PRIVATE cxx_std_20)
@@ -27,10 +27,20 @@ function(fastconv_add_isa target flags)
   target_sources(fastconv_kernels PRIVATE $<TARGET_OBJECTS:fastconv_cpu_${target}>)
 endfunction()
 
-fastconv_add_isa(scalar "")
+fastconv_add_isa(scalar "" ${FASTCONV_CPU_SOURCES})
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(FASTCONV_X86 ON)
-  fastconv_add_isa(avx2 "-march=x86-64-v3")
+  fastconv_add_isa(avx2 "-march=x86-64-v3" ${FASTCONV_CPU_SOURCES})
   # GCC and clang prefer 256-bit vectors by default because early Skylake lowered its clock for 512-bit ones.
-  fastconv_add_isa(avx512 "-march=x86-64-v4;-mprefer-vector-width=512")
+  fastconv_add_isa(avx512 "-march=x86-64-v4;-mprefer-vector-width=512" ${FASTCONV_CPU_SOURCES})
+  # Products of pairs of bf16: sources of their own, and those of blocks that they use.
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag("-march=x86-64-v4 -mavx512bf16" FASTCONV_AVX512_BF16)
+  if(FASTCONV_AVX512_BF16)
+    file(GLOB FASTCONV_PAIR_SOURCES CONFIGURE_DEPENDS csrc/cpu/kernels/avx512_bf16/*.cpp csrc/cpu/blocks/avx512_bf16/*.cpp)
+    fastconv_add_isa(avx512_bf16 "-march=x86-64-v4;-mavx512bf16;-mprefer-vector-width=512" ${FASTCONV_PAIR_SOURCES}
+                     csrc/cpu/blocks/fma_burst.cpp csrc/cpu/blocks/input_gradient.cpp csrc/cpu/blocks/bias_gradient.cpp
+                     csrc/cpu/blocks/attention.cpp csrc/cpu/kernels/sdpa_fwd_flash.cpp
+                     csrc/cpu/kernels/sdpa_bwd_flash.cpp)
+  endif()
 endif()

@@ -176,7 +176,11 @@ py::dict machine() {
 py::dict build() {
   using namespace py::literals;
 #ifdef FASTCONV_X86
+#ifdef FASTCONV_AVX512_BF16
+  const auto targets = isa_names(kIsaScalar | kIsaAvx2 | kIsaAvx512 | kIsaAvx512Bf16);
+#else
   const auto targets = isa_names(kIsaScalar | kIsaAvx2 | kIsaAvx512);
+#endif
 #else
   const auto targets = isa_names(kIsaScalar);
 #endif

@@ -67,6 +67,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def widened() -> Iterator[None]:
+    """Halves are widened, so that they give f32's result rounded: nothing multiplies them in pairs."""
+    plan = importlib.import_module("fastconv.plan")
+    plan.limit_isa("avx512")
+    yield
+    plan.limit_isa("")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops(*names): the operations whose kernels a test takes; all without it")
 

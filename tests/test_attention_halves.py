@@ -97,6 +97,7 @@ def test_autocast_casts_as_torch_does(dtype: torch.dtype) -> None:
 
 
 @HALVES
+@pytest.mark.usefixtures("widened")
 def test_options_of_ours(dtype: torch.dtype) -> None:
     q, k, v = operands(dtype, (1, 4, 9, 8), (1, 2, 9, 8))
     options: Any = {"enable_gqa": True, "window": (3, 0), "softcap": 2.0, "return_lse": True}

@@ -98,6 +98,7 @@ def test_vmap_over_what_is_added() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.usefixtures("widened")
 def test_halves_take_them_too(dtype: torch.dtype) -> None:
     q, bias, sinks = random(1, 2, 9, 8, dtype=dtype), random(2, 17, dtype=torch.float32), random(2, dtype=dtype)
     found = sdpa(q, q, q, relative_bias=bias, sinks=sinks)

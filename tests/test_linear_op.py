@@ -108,15 +108,20 @@ def test_halves_are_rounded_once_and_no_worse_than_torch(shape: tuple[int, int, 
     before = fastconv.fallback_counts()
     mine = results(fastconv.functional.linear, inputs, dy)
     assert fastconv.fallback_counts() == before
+    fastconv.plan.limit_isa("avx512")  # products of pairs are other sums
+    try:
+        widened = results(fastconv.functional.linear, inputs, dy)
+    finally:
+        fastconv.plan.limit_isa("")
     single = results(fastconv.functional.linear, [leaf(t.float()) for t in inputs], dy)
     double = results(F.linear, [leaf(t.double()) for t in inputs], dy)
-    for name, found, wide, truth, peer in zip(
-        ("y", "dx", "dw", "db"), mine, single, double, results(F.linear, inputs, dy)
+    for name, selected, found, wide, truth, peer in zip(
+        ("y", "dx", "dw", "db"), mine, widened, single, double, results(F.linear, inputs, dy)
     ):
-        assert (found.dtype, found.stride()) == (dtype, peer.stride())
+        assert (selected.dtype, selected.stride()) == (dtype, peer.stride())
         assert torch.equal(found, wide.to(dtype)), name
-        error, theirs = ((t.double() - truth).abs().sum() for t in (found, peer))
-        assert error <= theirs * 1.01, name
+        mistakes = [(t.double() - truth).abs().sum() for t in (selected, found, peer)]
+        assert max(mistakes[:2]) <= mistakes[2] * 1.01, name
 
 
 @HALVES
@@ -243,10 +248,11 @@ def test_compiled_without_a_break(dynamic: bool) -> None:
 def test_bits_of_a_row_in_batches_of_every_size(target: str) -> None:
     """A few rows read the weight in place, many have it packed: 3000 features are two blocks of the sum, 70 outputs a tail."""
     with fastconv.use(conv2d_fwd=target):
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        pairs = target == "avx512_bf16"  # of bf16 alone
+        for dtype in [torch.bfloat16] if pairs else [torch.float32, torch.float64, torch.bfloat16, torch.float16]:
             x, w, bias = (torch.randn(shape).to(dtype) for shape in ((20, 3000), (70, 3000), (70,)))
             many = fastconv.functional.linear(x, w, bias)
-            if dtype.itemsize == 2:
+            if dtype.itemsize == 2 and not pairs:
                 wide = fastconv.functional.linear(x.float(), w.float(), bias.float())
                 assert torch.equal(many, wide.to(dtype)), f"{dtype} is not float32's result rounded once"
             for count in range(1, 12):

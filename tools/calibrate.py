@@ -178,7 +178,8 @@ def predicted(op: str, asked: Any) -> Seconds:
 
 
 def best_target() -> str:
-    return str(plan.native().machine()["isa"][-1])
+    served = {kernel.target for kernel in plan.native().kernels() if kernel.dtype == "f32"}
+    return [str(target) for target in plan.native().machine()["isa"] if target in served][-1]
 
 
 def measure(args: argparse.Namespace) -> None:

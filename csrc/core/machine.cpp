@@ -25,6 +25,10 @@ uint32_t detect_isa() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
       bits |= kIsaAvx512;
+#ifdef FASTCONV_AVX512_BF16
+      // In no psABI level: Cooper Lake, Sapphire Rapids, Zen 4.
+      if (__builtin_cpu_supports("avx512bf16")) bits |= kIsaAvx512Bf16;
+#endif
     }
   }
 #endif
@@ -32,10 +36,11 @@ uint32_t detect_isa() {
 }
 
 uint32_t isa_mask(const std::string& name) {
-  if (name.empty() || name == "avx512") return kIsaScalar | kIsaAvx2 | kIsaAvx512;
+  if (name.empty() || name == "avx512_bf16") return kIsaScalar | kIsaAvx2 | kIsaAvx512 | kIsaAvx512Bf16;
+  if (name == "avx512") return kIsaScalar | kIsaAvx2 | kIsaAvx512;
   if (name == "avx2") return kIsaScalar | kIsaAvx2;
   if (name == "scalar") return kIsaScalar;
-  throw std::invalid_argument("FASTCONV_ISA: got '" + name + "', expected scalar, avx2 or avx512");
+  throw std::invalid_argument("FASTCONV_ISA: got '" + name + "', expected scalar, avx2, avx512 or avx512_bf16");
 }
 
 std::string cpu_brand() {
@@ -83,11 +88,14 @@ const MachineInfo& machine_info() { return mutable_info(); }
 
 void set_isa_limit(const std::string& name) { mutable_info().machine.isa = mutable_info().isa_found & isa_mask(name); }
 
-const char* isa_name(Isa isa) { return isa == kIsaAvx512 ? "avx512" : isa == kIsaAvx2 ? "avx2" : "scalar"; }
+const char* isa_name(Isa isa) {
+  if (isa == kIsaAvx512Bf16) return "avx512_bf16";
+  return isa == kIsaAvx512 ? "avx512" : isa == kIsaAvx2 ? "avx2" : "scalar";
+}
 
 std::vector<std::string> isa_names(uint32_t bits) {
   std::vector<std::string> names;
-  for (Isa isa : {kIsaScalar, kIsaAvx2, kIsaAvx512}) {
+  for (Isa isa : {kIsaScalar, kIsaAvx2, kIsaAvx512, kIsaAvx512Bf16}) {
     if (bits & isa) names.push_back(isa_name(isa));
   }
   return names;

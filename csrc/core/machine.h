@@ -5,9 +5,9 @@
 
 namespace fastconv {
 
-// Where a kernel may run: one bit for each instruction set this project compiles for. `scalar` is the baseline; `sm80` is a GPU
-// of compute capability 8.0 or later.
-enum Isa : uint32_t { kIsaScalar = 1, kIsaAvx2 = 2, kIsaAvx512 = 4, kIsaSm80 = 8 };
+// Where a kernel may run: one bit for each instruction set this project compiles for. `scalar` is the baseline; `avx512_bf16` is
+// avx512 with VDPBF16PS, for the few kernels that use it; `sm80` is a GPU of compute capability 8.0 or later.
+enum Isa : uint32_t { kIsaScalar = 1, kIsaAvx2 = 2, kIsaAvx512 = 4, kIsaSm80 = 8, kIsaAvx512Bf16 = 16 };
 
 // Where the operands of a call lie: a GPU's number, or one of these.
 enum Device : int32_t { kCpu = -1, kAnyGpu = -2 };

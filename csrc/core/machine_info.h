@@ -15,7 +15,7 @@ struct MachineInfo {
   std::string cpu;  // brand string
 };
 
-// Detected once; FASTCONV_ISA=scalar|avx2|avx512 (at most that one) is read at the same time.
+// Detected once; FASTCONV_ISA=scalar|avx2|avx512|avx512_bf16 (at most that one) is read at the same time.
 const MachineInfo& machine_info();
 
 // Overrides FASTCONV_ISA from now on; "" lifts the limit. Throws std::invalid_argument for an unknown name.

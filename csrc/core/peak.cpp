@@ -12,7 +12,7 @@
 
 namespace fastconv {
 
-// One step of the measurement, compiled for each ISA: cpu/blocks/fma_burst.cpp. Both return the operations done.
+// One step of the measurement, compiled for each ISA: cpu/blocks/fma_burst.cpp. All return the operations done.
 #define FC_DECLARE_BURST            \
   double fma_burst_f32(int rounds); \
   double fma_burst_f64(int rounds);
@@ -27,6 +27,11 @@ namespace avx512 {
 FC_DECLARE_BURST
 }
 #endif
+#ifdef FASTCONV_AVX512_BF16
+namespace avx512_bf16 {
+double fma_burst_bf16(int rounds);
+}
+#endif
 
 namespace {
 
@@ -35,7 +40,7 @@ using Burst = double (*)(int rounds);
 struct Entry {
   const char* target;
   Isa isa;
-  Burst f32, f64;
+  Burst f32, f64, bf16 = nullptr;
 };
 
 constexpr Entry kEntries[] = {
@@ -44,6 +49,9 @@ constexpr Entry kEntries[] = {
     {"avx2", kIsaAvx2, avx2::fma_burst_f32, avx2::fma_burst_f64},
     {"avx512", kIsaAvx512, avx512::fma_burst_f32, avx512::fma_burst_f64},
 #endif
+#ifdef FASTCONV_AVX512_BF16
+    {"avx512_bf16", kIsaAvx512Bf16, avx512::fma_burst_f32, avx512::fma_burst_f64, avx512_bf16::fma_burst_bf16},
+#endif
 };
 
 Burst find(const char* isa, const char* dtype) {
@@ -51,6 +59,7 @@ Burst find(const char* isa, const char* dtype) {
     if (std::strcmp(entry.target, isa) == 0 && (machine_info().isa_found & entry.isa)) {
       if (std::strcmp(dtype, "f32") == 0) return entry.f32;
       if (std::strcmp(dtype, "f64") == 0) return entry.f64;
+      if (entry.bf16 && std::strcmp(dtype, "bf16") == 0) return entry.bf16;
     }
   }
   throw std::invalid_argument(std::string("fma_peak: cannot run ") + isa + " " + dtype + " here");

@@ -38,6 +38,14 @@ namespace avx512 {
 #include "kernels.def"
 }
 #endif
+#ifdef FASTCONV_AVX512_BF16
+namespace avx512_bf16 {
+#include "kernels.def"
+}
+#define FC_ROWS_AVX512_BF16(op, algorithm, dtype) FC_LIST(op, algorithm, dtype, avx512_bf16, kIsaAvx512Bf16)
+#else
+#define FC_ROWS_AVX512_BF16(op, algorithm, dtype)
+#endif
 #ifdef FASTCONV_CUDA
 namespace sm80 {
 #include "kernels.def"

@@ -165,7 +165,7 @@ def clear() -> None:
 
 
 def limit_isa(name: str) -> None:
-    """Allows kernels for at most this instruction set ("scalar", "avx2", "avx512"; "" for no limit), like FASTCONV_ISA."""
+    """Allows kernels for at most this instruction set, like FASTCONV_ISA: scalar, avx2, avx512, avx512_bf16; "" for all."""
     _C.set_isa_limit(name)
     clear()
 

@@ -4,6 +4,11 @@
 #include "cpu/blocks/attention_tile.h"
 #include "cpu/blocks/columns.h"
 #include "cpu/blocks/filter_panel.h"
+#if FC_HAS_PAIRS
+#include "cpu/blocks/avx512_bf16/pair_columns.h"
+#include "cpu/blocks/avx512_bf16/pair_strip.h"
+#include "cpu/blocks/avx512_bf16/pair_tile.h"
+#endif
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
@@ -116,26 +121,36 @@ FC_INLINE KeyRange seen_by_all(const SdpaProblem& a, const ScoreTile<S>& tile) {
 // One panel of keys, as it lies in memory. `count` keys are there.
 template <class S>
 FC_INLINE void pack_panel(const S* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width,
-                          compute_t<S>* panel) {
+                          pack_t<S>* panel) {
+#if FC_HAS_PAIRS
+  pack_pairs({source, stride.l, stride.d, features}, count, width, panel);
+#else
   const int64_t offset = 0;
   pack_filters<S>({source, stride.l, stride.d, &offset, 1, features}, count, width, panel);
+#endif
 }
 
 // One query against one panel of keys that nobody else reads: transposed in registers, 16 x 16 at a time.
 template <class S, class T = compute_t<S>>
-__attribute__((noinline)) void loose_products(const T* q, const LooseKeys<S>& loose, int64_t first, int64_t features,
+__attribute__((noinline)) void loose_products(const pack_t<S>* q, const LooseKeys<S>& loose, int64_t first, int64_t features,
                                               int64_t width, T* s) {
   constexpr int kL = kLanes<T>;
   const int64_t step = loose.stride.l, count = loose.count - first;
   const S* const keys = loose.source + first * step;
   for (int64_t j = 0; j < width; j += kL) store(s + j, zero<T>());
-  for (int64_t d = 0; d < features; d += kL) {
-    const int64_t depth = features - d < kL ? features - d : kL;
+  constexpr int64_t kTogether = kPairs<S> ? 2 * kL : kL;
+  for (int64_t d = 0; d < features; d += kTogether) {
+    const int64_t depth = features - d < kTogether ? features - d : kTogether;
     for (int64_t j = 0; j < width; j += kL) {
       vec<T> sum = load(s + j);
       const int lanes = count - j < 0 ? 0 : count - j < kL ? int(count - j) : kL;
+#if FC_HAS_PAIRS
+      for_each_pair_column(keys + j * step + d, step, lanes, depth,
+                           [&](int64_t i, vec<T> column) { sum = add_pairs(sum, set1_pair(q + d + 2 * i), column); });
+#else
       for_each_column(keys + j * step + d, step, lanes, depth,
                       [&](int64_t i, vec<T> column) { sum = fma(set1(q[d + i]), column, sum); });
+#endif
       store(s + j, sum);
     }
   }
@@ -145,14 +160,14 @@ __attribute__((noinline)) void loose_products(const T* q, const LooseKeys<S>& lo
 template <class S, class T = compute_t<S>>
 __attribute__((noinline)) KeyRange products(const ScoreTile<S>& tile, int64_t features, KeyRange plain) {
   constexpr int64_t kL = kLanes<T>;
-  constexpr int kRows = AttentionTile<T>::kRows;
+  [[maybe_unused]] constexpr int kRows = AttentionTile<T>::kRows;
   const KeyRange vectors = whole_vectors<T>(tile.keys);
   const Panels<T>& panels = tile.panels;
   KeyRange measured{vectors.end, vectors.end};
   for (int64_t panel = panels.of(vectors.begin), end = panels.of(vectors.end - 1) + 1; panel < end; ++panel) {
     const int64_t first = panels.first(panel), width = panels.width(panel);
     KeyRange keys = meet({first, first + width}, vectors);
-    const T* k = tile.k + first * features;
+    const pack_t<S>* k = tile.k + first * panel_depth<S>(features);
     if (tile.loose) {
       const LooseKeys<S>& loose = *tile.loose;
       if (tile.rows.count == 1 && loose.stride.d == 1) {
@@ -162,9 +177,10 @@ __attribute__((noinline)) KeyRange products(const ScoreTile<S>& tile, int64_t fe
       pack_panel<S>(loose.source + first * loose.stride.l, loose.stride, loose.count - first, features, width, loose.panel);
       k = loose.panel;
     }
-    k += keys.begin - first;
+    k += (keys.begin - first) * (kPairs<S> ? 2 : 1);
     T* const s = tile.s + keys.begin;
     const int count = int((keys.end - keys.begin) / kL);
+#if !FC_HAS_PAIRS
     if (tile.rows.count < kRows) {
       const T* q[kRows];
       T* out[kRows];
@@ -174,6 +190,7 @@ __attribute__((noinline)) KeyRange products(const ScoreTile<S>& tile, int64_t fe
                    {out, &piece, 1, false, false, Activation::none, nullptr, nullptr, nullptr, nullptr});
       continue;
     }
+#endif
     const auto measures = [&](KeyRange range) { return tile.most && range.begin >= plain.begin && range.end <= plain.end; };
     const bool measure = measures(keys);
     // Whole panels of one width are one call.
@@ -182,7 +199,12 @@ __attribute__((noinline)) KeyRange products(const ScoreTile<S>& tile, int64_t fe
            keys.end + width <= vectors.end && measures({keys.end, keys.end + width}) == measure) {
       ++run, ++panel, keys.end += width;
     }
-    score_strip<T>(count, {tile.q, tile.q_step, k, width, features}, run, s, tile.s_step, measure ? tile.most : nullptr);
+    T* const most = measure ? tile.most : nullptr;
+#if FC_HAS_PAIRS
+    score_pairs(int(tile.rows.count), count, {tile.q, tile.q_step, k, width, (features + 1) / 2}, run, s, tile.s_step, most);
+#else
+    score_strip<T>(count, {tile.q, tile.q_step, k, width, features}, run, s, tile.s_step, most);
+#endif
     if (measure) measured = join(measured, keys);
   }
   return measured;
@@ -288,7 +310,14 @@ compute_t<S> scores(const SdpaProblem& a, const SdpaArgs& args, const ScoreTile<
 }
 
 template <class S>
-void pack_rows(const S* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, compute_t<S>* rows) {
+void pack_rows(const S* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, pack_t<S>* rows) {
+#if FC_HAS_PAIRS
+  for (int64_t l = 0; l < count; ++l, source += stride.l, rows += width) {
+    if (stride.d == 1) __builtin_memcpy(rows, source, size_t(features) * sizeof(S));
+    for (int64_t d = 0; stride.d != 1 && d < features; ++d) rows[d] = source[d * stride.d];
+    for (int64_t d = features; d < width; ++d) rows[d] = S{0};
+  }
+#else
   using T = compute_t<S>;
   constexpr int64_t kL = kLanes<T>;
   if (stride.d != 1) {
@@ -300,11 +329,12 @@ void pack_rows(const S* source, const SdpaStride& stride, int64_t count, int64_t
     for (; d + kL <= features; d += kL) store(rows + d, load(source + d));
     if (d < width) store(rows + d, load(source + d, int(features - d)), int(width - d));
   }
+#endif
 }
 
 template <class S>
 void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const S* source, const SdpaStride& stride, int64_t features,
-                    int64_t width, compute_t<S>* rows) {
+                    int64_t width, pack_t<S>* rows) {
   QueryRow row = query_row(a, place.hkv, place.first);
   for (int64_t left = place.count; left > 0;) {
     const int64_t count = left < a.Lq - row.i ? left : a.Lq - row.i;  // of one head
@@ -315,39 +345,47 @@ void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const S* source
 }
 
 template <class S>
-void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, compute_t<S>* rows) {
+void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, pack_t<S>* rows) {
   pack_unit_rows<S>(a, place, static_cast<const S*>(q), a.q, a.D, width, rows);
   if (a.scale < 0) {
-    for (int64_t i = 0; i < place.count * width; ++i) rows[i] = -rows[i];
+    for (int64_t i = 0; i < place.count * width; ++i) {
+#if FC_HAS_PAIRS
+      rows[i].bits ^= 0x8000;
+#else
+      rows[i] = -rows[i];
+#endif
+    }
   }
 }
 
 template <class S>
-void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys,
-                 compute_t<S>* panels) {
+void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, pack_t<S>* panels) {
   const Panels<compute_t<S>> all(count);
   for (int64_t panel = all.of(keys.begin), end = all.of(keys.end - 1) + 1; panel < end; ++panel) {
     const int64_t first = all.first(panel);
-    pack_panel<S>(source + first * stride.l, stride, count - first, features, all.width(panel), panels + first * features);
+    pack_panel<S>(source + first * stride.l, stride, count - first, features, all.width(panel),
+                  panels + first * panel_depth<S>(features));
   }
 }
 
 #define FC_ATTENTION(S)                                                                                               \
   template compute_t<S> scores<S>(const SdpaProblem&, const SdpaArgs&, const ScoreTile<S>&);                          \
   template void dot_products<S>(const ScoreTile<S>&, int64_t);                                                        \
-  template void pack_rows<S>(const S*, const SdpaStride&, int64_t, int64_t, int64_t, compute_t<S>*);                  \
-  template void pack_queries<S>(const SdpaProblem&, const UnitRows&, void*, int64_t, compute_t<S>*);                  \
+  template void pack_rows<S>(const S*, const SdpaStride&, int64_t, int64_t, int64_t, pack_t<S>*);                     \
+  template void pack_queries<S>(const SdpaProblem&, const UnitRows&, void*, int64_t, pack_t<S>*);                     \
   template void pack_unit_rows<S>(const SdpaProblem&, const UnitRows&, const S*, const SdpaStride&, int64_t, int64_t, \
-                                  compute_t<S>*);                                                                     \
-  template void pack_panels<S>(const S*, const SdpaStride&, int64_t, int64_t, KeyRange, compute_t<S>*);
+                                  pack_t<S>*);                                                                        \
+  template void pack_panels<S>(const S*, const SdpaStride&, int64_t, int64_t, KeyRange, pack_t<S>*);
+FC_ATTENTION(bf16)
+#if !FC_HAS_PAIRS
 FC_ATTENTION(float)
 FC_ATTENTION(double)
-FC_ATTENTION(bf16)
 FC_ATTENTION(f16)
-#undef FC_ATTENTION
 template void multiply(int64_t, int64_t, const Product<float>&, bool);
 template void multiply(int64_t, int64_t, const Product<double>&, bool);
 template void multiply_tile(int64_t, int64_t, const Product<float>&, const float*);
 template void multiply_tile(int64_t, int64_t, const Product<double>&, const double*);
+#endif
+#undef FC_ATTENTION
 
 }  // namespace fastconv::FASTCONV_TARGET

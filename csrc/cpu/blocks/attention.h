@@ -3,7 +3,8 @@
 // A unit is one head of keys and values of one batch element; its rows are the queries of all heads that share it, one after the
 // other. Keys are cut into blocks and blocks into segments at places that depend on Lkv alone, and so do all sums over keys.
 //
-// Operands are stored as S; what is packed, and everything that is computed, has the type T = compute_t<S>.
+// Operands are stored as S; what is packed, and everything that is computed, has the type T = compute_t<S>. Where products are
+// taken of pairs (kPairs<S>), what is packed for them stays S: rows padded to pairs, panels of pairs.
 #pragma once
 
 #include "core/kernel.h"
@@ -12,6 +13,26 @@
 #include "cpu/simd/half.h"
 
 namespace fastconv::FASTCONV_TARGET {
+
+// What rows and panels of queries, keys and values are packed as.
+template <class S>
+struct pack_of {
+  using type = compute_t<S>;
+};
+#if FC_HAS_PAIRS
+template <>
+struct pack_of<bf16> {
+  using type = bf16;
+};
+#endif
+template <class S>
+using pack_t = typename pack_of<S>::type;
+
+// What a column of a panel holds of so many features, or of so many keys.
+template <class S>
+FC_INLINE int64_t panel_depth(int64_t depth) {
+  return kPairs<S> ? round_up(depth, 2) : depth;
+}
 
 // The register tile has gemm_tile's size: 6 queries x 64 keys with AVX-512, where the scores of a tile against a block of keys
 // take 6 KB of the 32 KB L1 and the panel of keys that is being multiplied 16 KB at 64 features.
@@ -29,9 +50,9 @@ struct AttentionTile {
 // twentieth of 512 keys at 64 features (1024 of them: 77.0 % of peak against 76.1, causal 71.9 against 70.8).
 template <class T>
 FC_INLINE int64_t block_keys(const SdpaProblem& a) {
-  constexpr int64_t kPanel = AttentionTile<T>::kPanel, kFew = 256;
+  constexpr int64_t kPanel = AttentionTile<T>::kPanel, kFew = 256, kBytes = FC_HAS_PAIRS ? sizeof(bf16) : sizeof(T);
   int64_t keys = AttentionTile<T>::kKeys;
-  while (keys > kFew && (a.D + a.Dv) * int64_t(sizeof(T)) * keys > 512 * 1024) keys /= 2;
+  while (keys > kFew && (a.D + a.Dv) * kBytes * keys > 512 * 1024) keys /= 2;
   return keys / kPanel * kPanel;
 }
 
@@ -131,20 +152,21 @@ struct LooseKeys {
   const S* source;
   SdpaStride stride;
   int64_t count;
-  compute_t<S>* panel;  // [D][kPanel]: each is packed here when it is its turn, and is multiplied while it is in the L1
+  pack_t<S>* panel;  // [D][kPanel]: each is packed here when it is its turn, and is multiplied while it is in the L1
 };
 
 // At most AttentionTile::kRows rows against a block of keys.
 template <class S>
 struct ScoreTile {
   using T = compute_t<S>;
+  using P = pack_t<S>;
   UnitRows rows;
   int64_t first_key;  // of the block
   Panels<T> panels;   // of the block
   KeyRange keys;      // those that some row sees, counted from first_key
-  const T* q;         // [rows][q_step], as pack_queries lays them
+  const P* q;         // [rows][q_step], as pack_queries lays them
   int64_t q_step;
-  const T* k;  // as pack_panels lays them
+  const P* k;  // as pack_panels lays them
   T* s;        // [rows][s_step]
   int64_t s_step;
   T* slope;                             // [rows][s_step]: what the softcap makes of a small change, where that is wanted
@@ -181,37 +203,53 @@ void multiply_tile(int64_t rows, int64_t width, const Product<T>& product, const
 
 // `count` positions of a head as rows [position][width], zeros from feature `features` on; the width is a multiple of the lanes.
 template <class S>
-void pack_rows(const S* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, compute_t<S>* rows);
+void pack_rows(const S* source, const SdpaStride& stride, int64_t count, int64_t features, int64_t width, pack_t<S>* rows);
 
 // The same for `count` rows of a unit, from a tensor with a head for each head of queries.
 template <class S>
 void pack_unit_rows(const SdpaProblem& a, const UnitRows& place, const S* source, const SdpaStride& stride, int64_t features,
-                    int64_t width, compute_t<S>* rows);
+                    int64_t width, pack_t<S>* rows);
 
 // Queries of a unit, negated where the scale is negative: what follows then only knows scales that are not.
 template <class S>
-void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, compute_t<S>* rows);
+void pack_queries(const SdpaProblem& a, const UnitRows& place, void* q, int64_t width, pack_t<S>* rows);
 
-// Those panels of a block of `count` keys that cover `keys`: [features][width], first * features elements behind `panels`.
+// Those panels of a block of `count` keys that cover `keys`: [features][width], first * panel_depth elements behind `panels`.
 template <class S>
-void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, compute_t<S>* panels);
+void pack_panels(const S* source, const SdpaStride& stride, int64_t count, int64_t features, KeyRange keys, pack_t<S>* panels);
+
+template <class P, class T = compute_t<P>>
+FC_INLINE bool all_finite(const P* p, int64_t count) {
+  constexpr int kChains = 4;
+  constexpr int64_t kL = kLanes<T>;
+  vec<T> sum[kChains] = {zero<T>(), zero<T>(), zero<T>(), zero<T>()};  // 0 * x is NaN for an infinity and for NaN, and stays so
+  int64_t i = 0;
+  for (; i + kChains * kL <= count; i += kChains * kL) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) sum[c] = fma(load(p + i + c * kL), zero<T>(), sum[c]);
+  }
+  for (; i < count; i += kL) sum[0] = fma(load(p + i), zero<T>(), sum[0]);
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) == 0;
+}
 
 #define FC_ATTENTION(S)                                                                                                      \
   extern template compute_t<S> scores<S>(const SdpaProblem&, const SdpaArgs&, const ScoreTile<S>&);                          \
   extern template void dot_products<S>(const ScoreTile<S>&, int64_t);                                                        \
-  extern template void pack_rows<S>(const S*, const SdpaStride&, int64_t, int64_t, int64_t, compute_t<S>*);                  \
-  extern template void pack_queries<S>(const SdpaProblem&, const UnitRows&, void*, int64_t, compute_t<S>*);                  \
+  extern template void pack_rows<S>(const S*, const SdpaStride&, int64_t, int64_t, int64_t, pack_t<S>*);                     \
+  extern template void pack_queries<S>(const SdpaProblem&, const UnitRows&, void*, int64_t, pack_t<S>*);                     \
   extern template void pack_unit_rows<S>(const SdpaProblem&, const UnitRows&, const S*, const SdpaStride&, int64_t, int64_t, \
-                                         compute_t<S>*);                                                                     \
-  extern template void pack_panels<S>(const S*, const SdpaStride&, int64_t, int64_t, KeyRange, compute_t<S>*);
+                                         pack_t<S>*);                                                                        \
+  extern template void pack_panels<S>(const S*, const SdpaStride&, int64_t, int64_t, KeyRange, pack_t<S>*);
+FC_ATTENTION(bf16)
+#if !FC_HAS_PAIRS
 FC_ATTENTION(float)
 FC_ATTENTION(double)
-FC_ATTENTION(bf16)
 FC_ATTENTION(f16)
-#undef FC_ATTENTION
 extern template void multiply(int64_t, int64_t, const Product<float>&, bool);
 extern template void multiply(int64_t, int64_t, const Product<double>&, bool);
 extern template void multiply_tile(int64_t, int64_t, const Product<float>&, const float*);
 extern template void multiply_tile(int64_t, int64_t, const Product<double>&, const double*);
+#endif
+#undef FC_ATTENTION
 
 }  // namespace fastconv::FASTCONV_TARGET

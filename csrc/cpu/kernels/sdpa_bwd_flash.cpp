@@ -6,11 +6,16 @@
 //   multiply   s = q k', p = exp2(s), dp = dout v', ds = p (dp - delta), then dv += p' dout, dk += ds' q, dq += ds k
 //   run        units, or segments of keys whose gradients of the queries are added up in order
 //
+// avx512_bf16: everything that is multiplied is bf16, two features, queries or keys at a time.
+//
 // docs/kernels/attention.md has the arithmetic. (Dao et al. 2022, algorithm 4, keys outside.)
-#include "cpu/blocks/attention.h"
+#include "cpu/blocks/attention_gradient.h"
 #include "cpu/blocks/dropout.h"
-#include "cpu/blocks/exp2.h"
 #include "cpu/blocks/parallel.h"
+#if FC_HAS_PAIRS
+#include "cpu/blocks/avx512_bf16/pair_tile.h"
+#include "cpu/blocks/avx512_bf16/pair_values.h"
+#endif
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
@@ -57,23 +62,35 @@ struct Schedule {
   FC_INLINE int64_t elements() const { return rows * width + distances; }
 };
 
-template <class T>
+template <class S>
 struct Scratch {
-  T *q, *dout, *k_panels, *v_panels, *k, *p, *ds, *slope, *dk, *dv, *kept;
+  using T = compute_t<S>;
+  using P = pack_t<S>;
+  P *q, *dout, *k_panels, *v_panels, *k;
+  T *p, *ds, *slope, *dk, *dv, *kept;
+  // Where there are pairs, what is multiplied: of two queries, of two keys, and what an edge hides of one.
+  P *p_two, *ds_two, *q_two, *dout_two, *ds_rows, *hidden;
 
   FC_INLINE Scratch(Arena& arena, const SdpaProblem& a, const Schedule<T>& schedule) {
     using B = Block<T>;
-    q = arena.take<T>(B::kRows * schedule.width);
-    dout = arena.take<T>(B::kRows * schedule.value_width);
-    k_panels = arena.take<T>(B::kKeys * a.D);
-    v_panels = arena.take<T>(B::kKeys * a.Dv);
-    k = arena.take<T>(B::kKeys * schedule.width);
+    q = arena.take<P>(B::kRows * schedule.width);
+    dout = arena.take<P>(B::kRows * schedule.value_width);
+    k_panels = arena.take<P>(B::kKeys * panel_depth<S>(a.D));
+    v_panels = arena.take<P>(B::kKeys * panel_depth<S>(a.Dv));
+    k = arena.take<P>(B::kKeys * schedule.width);
     p = arena.take<T>(B::kRows * B::kLine);
     ds = arena.take<T>(B::kRows * B::kLine);
     slope = arena.take<T>(AttentionTile<T>::kRows * B::kLine);
     dk = arena.take<T>(B::kKeys * schedule.width);
     dv = arena.take<T>(B::kKeys * schedule.value_width);
     kept = arena.take<T>(B::kKeys);
+    if (!kPairs<S>) return;
+    p_two = arena.take<P>(B::kRows * B::kLine);
+    ds_two = arena.take<P>(B::kRows * B::kLine);
+    q_two = arena.take<P>(B::kRows * schedule.width);
+    dout_two = arena.take<P>(B::kRows * schedule.value_width);
+    ds_rows = arena.take<P>(B::kRows * B::kLine);
+    hidden = arena.take<P>(schedule.width);
   }
 };
 
@@ -110,22 +127,6 @@ void clear_columns(T* rows, int64_t count, int64_t step, int64_t begin, int64_t 
   for (int64_t m = 0; m < count; ++m) clear(rows + m * step + begin, (end - begin) * int64_t(sizeof(T)));
 }
 
-// One row of p and ds from its scores and dp, in place. `kept` is what dropout multiplies with, or absent.
-template <class T>
-FC_INLINE void differentiate(T* p, T* ds, const T* kept, KeyRange vectors, T factor, T lse, T delta) {
-  const vec<T> scale = set1(factor), minus = set1(-lse), center = set1(delta);
-  for (int64_t j = vectors.begin; j < vectors.end; j += kLanes<T>) {
-    const vec<T> weight = exp2_weight(fma(load(p + j), scale, minus));
-    vec<T> dp = load(ds + j), dropped = weight;
-    if (kept) {
-      dp = dp * load(kept + j);
-      dropped = weight * load(kept + j);
-    }
-    store(p + j, dropped);
-    store(ds + j, weight * (dp - center));
-  }
-}
-
 // What the rows of a chunk have in common with a block of keys.
 template <class T>
 struct Meeting {
@@ -136,7 +137,7 @@ struct Meeting {
 
 // p and ds of up to kRows rows: [row][kLine].
 template <class S, class T = compute_t<S>>
-void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, const Scratch<T>& scratch, const RowSums<T>& sums,
+void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, const Scratch<S>& scratch, const RowSums<T>& sums,
              const Schedule<T>& schedule, T* dbias) {
   using B = Block<T>;
   constexpr int64_t kL = kLanes<T>;
@@ -198,29 +199,32 @@ void weights(const SdpaProblem& a, const SdpaArgs& args, const Meeting<T>& at, c
   }
 }
 
-// Writes `count` rows of a gradient, times a factor.
-template <class S, class T = compute_t<S>>
-void write_rows(S* target, int64_t step, int64_t feature_step, const T* rows, int64_t count, int64_t features, int64_t width,
-                T factor) {
-  for (int64_t l = 0; l < count; ++l, target += step, rows += width) {
-    for (int64_t d = 0; d < features; d += kLanes<T>) {
-      const int n = features - d < kLanes<T> ? int(features - d) : kLanes<T>;
-      const vec<T> x = load(rows + d) * set1(factor);
-      if (feature_step == 1) {
-        store(target + d, x, n);
-      } else {
-        store_strided(target + d * feature_step, feature_step, x, n);
-      }
-    }
-  }
+#if FC_HAS_PAIRS
+// dv, dk and dq of a chunk and a block.
+template <class T>
+void add_gradients(const Meeting<T>& at, const Schedule<T>& schedule, const Scratch<bf16>& scratch, float* dq) {
+  constexpr int64_t kL = kLanes<float>, kLine = Block<float>::kLine;
+  const int64_t width = schedule.width, value_width = schedule.value_width, rows = at.rows.count, two = (rows + 1) / 2;
+  const int64_t begin = at.seen.begin / kL * kL, count = at.seen.end - begin;
+  round_weights(
+      {rows, {begin, round_up(at.seen.end, kL)}, kLine, scratch.p, scratch.ds, scratch.p_two, scratch.ds_two, scratch.ds_rows});
+  add_products(count, value_width, {scratch.p_two + 2 * begin, 2, scratch.dout_two, value_width, two, 2 * kLine},
+               scratch.dv + begin * value_width);
+  add_products(count, width, {scratch.ds_two + 2 * begin, 2, scratch.q_two, width, two, 2 * kLine}, scratch.dk + begin * width);
+  // The key behind an odd number of them is hidden, and may hold anything.
+  const bool odd = count % 2 != 0;
+  for (int64_t m = 0; odd && m < rows; ++m) scratch.ds_rows[m * kLine + at.seen.end] = bf16{0};
+  const Hidden behind(odd ? scratch.k + (at.seen.end - 1) * width + 1 : nullptr, width, scratch.hidden);
+  add_products(rows, width, {scratch.ds_rows + begin, kLine, scratch.k + begin * width, width, (count + 1) / 2}, dq);
 }
+#endif
 
 // A segment of keys of one unit: their dk and dv, and their share of the unit's dq, [rows][width] times scale, from nothing.
 template <class S, class T = compute_t<S>>
 void run_segment(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, int64_t segment, const Schedule<T>& schedule,
-                 const Scratch<T>& scratch, const RowSums<T>& sums, T* dq) {
+                 const Scratch<S>& scratch, const RowSums<T>& sums, T* dq) {
   using B = Block<T>;
-  constexpr int64_t kL = kLanes<T>;
+  [[maybe_unused]] constexpr int64_t kL = kLanes<T>;
   const int64_t b = unit / a.Hkv, hkv = unit % a.Hkv, width = schedule.width, value_width = schedule.value_width;
   const int64_t end = a.Lkv < (segment + 1) * segment_of<T>(a) ? a.Lkv : (segment + 1) * segment_of<T>(a);
   clear(dq, schedule.elements() * int64_t(sizeof(T)));
@@ -229,7 +233,11 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, int64
     const S *k = at<S>(args.k, a.k, b, hkv, first), *v = at<S>(args.v, a.v, b, hkv, first);
     pack_panels<S>(k, a.k, keys, a.D, {0, keys}, scratch.k_panels);
     pack_panels<S>(v, a.v, keys, a.Dv, {0, keys}, scratch.v_panels);
+#if FC_HAS_PAIRS
+    pack_pairs({k, a.k.d, a.k.l, keys}, a.D, width, scratch.k);
+#else
     pack_rows<S>(k, a.k, keys, a.D, width, scratch.k);
+#endif
     clear(scratch.dk, keys * width * int64_t(sizeof(T)));
     clear(scratch.dv, keys * value_width * int64_t(sizeof(T)));
     for (int64_t row = 0; row < schedule.rows; row += B::kRows) {
@@ -241,6 +249,11 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, int64
       pack_queries<S>(a, meeting.rows, args.q, width, scratch.q);
       pack_unit_rows<S>(a, meeting.rows, static_cast<const S*>(args.dout), a.dout, a.Dv, value_width, scratch.dout);
       weights<S>(a, args, meeting, scratch, sums, schedule, args.dbias ? dq + schedule.rows * width : nullptr);
+#if FC_HAS_PAIRS
+      pair_up(scratch.q, rows, width, scratch.q_two);
+      pair_up(scratch.dout, rows, value_width, scratch.dout_two);
+      add_gradients(meeting, schedule, scratch, dq + row * width);
+#else
       const int64_t begin = seen.begin / kL * kL, count = seen.end - begin;
       multiply<T>(
           count, value_width,
@@ -249,6 +262,7 @@ void run_segment(const SdpaProblem& a, const SdpaArgs& args, int64_t unit, int64
                   true);
       multiply<T>(rows, width,
                   {scratch.ds + begin, B::kLine, 1, scratch.k + begin * width, width, count, dq + row * width, width}, true);
+#endif
     }
     // The packed queries carry the sign of the scale.
     write_rows(at<S>(args.dk, a.dk, b, hkv, first), a.dk.l, a.dk.d, scratch.dk, keys, a.D, width,
@@ -271,13 +285,13 @@ void add(T* total, const T* more, int64_t count) {
 }
 
 // --- run
-template <class T>
+template <class S, class T = compute_t<S>>
 struct Memory {
   int64_t sums, scratch, dq, buffers;  // bytes of each, and how many buffers of dq
 
   FC_INLINE Memory(const SdpaProblem& a, const Schedule<T>& schedule, int64_t threads) {
     Arena arena(nullptr);
-    const Scratch<T> s(arena, a, schedule);
+    const Scratch<S> s(arena, a, schedule);
     (void)s;
     sums = round_up(a.B * a.Hq * a.Lq * int64_t(sizeof(T)), 64);
     scratch = arena.used();
@@ -290,13 +304,13 @@ template <class S, class T = compute_t<S>>
 void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   const int64_t threads = context.machine->threads;
   const Schedule<T> schedule(a, threads);
-  const Memory<T> memory(a, schedule, threads);
+  const Memory<S> memory(a, schedule, threads);
   char* const base = static_cast<char*>(context.workspace);
   const RowSums<T> sums{reinterpret_cast<T*>(base), reinterpret_cast<T*>(base + memory.sums)};
   char* const scratches = base + 2 * memory.sums;
   const auto scratch_of = [&](int thread) {
     Arena arena(scratches + thread * memory.scratch);
-    return Scratch<T>(arena, a, schedule);
+    return Scratch<S>(arena, a, schedule);
   };
   const auto dq_at = [&](int64_t place) {
     return reinterpret_cast<T*>(scratches + threads * memory.scratch + place * memory.dq);
@@ -318,7 +332,7 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
   };
   if (!schedule.split) {
     parallel_ranges(context, schedule.units, [&](int thread, int64_t begin, int64_t end) {
-      const Scratch<T> scratch = scratch_of(thread);
+      const Scratch<S> scratch = scratch_of(thread);
       T *const total = dq_at(2 * thread), *const more = dq_at(2 * thread + 1);
       for (int64_t unit = begin; unit < end; ++unit) {
         clear(total, schedule.segments > 0 ? 0 : memory.dq);
@@ -332,7 +346,7 @@ void run(const SdpaProblem& a, const SdpaArgs& args, const Context& context) {
     return;
   }
   parallel_ranges(context, schedule.units * schedule.segments, [&](int thread, int64_t begin, int64_t end) {
-    const Scratch<T> scratch = scratch_of(thread);
+    const Scratch<S> scratch = scratch_of(thread);
     for (int64_t place = begin; place < end; ++place) {
       run_segment<S>(a, args, place / schedule.segments, place % schedule.segments, schedule, scratch, sums, dq_at(place));
     }
@@ -350,27 +364,29 @@ const char* reject(const SdpaProblem& a) {
   return nullptr;
 }
 
-template <class T>
+template <class S>
 double cost(const SdpaProblem& a, const Machine& machine) {
   const double products = 2.0 * double(a.B * a.Hq) * double(a.Lq) * double(a.Lkv) * (3.0 * double(a.D) + 2.0 * double(a.Dv));
-  return products / (0.7 * 2.0 * 2.0 * kLanes<T> * 3e9 * machine.threads);
+  return products / ((kPairs<S> ? 2 : 1) * 0.7 * 2.0 * 2.0 * kLanes<compute_t<S>> * 3e9 * machine.threads);
 }
 
-template <class T>
+template <class S>
 int64_t workspace(const SdpaProblem& a, const Machine& machine) {
-  const Schedule<T> schedule(a, machine.threads);
-  const Memory<T> memory(a, schedule, machine.threads);
+  const Schedule<compute_t<S>> schedule(a, machine.threads);
+  const Memory<S> memory(a, schedule, machine.threads);
   return 2 * memory.sums + machine.threads * memory.scratch + memory.buffers * memory.dq;
 }
 
 template <class S>
-constexpr Kernel<SdpaProblem> kKernel = {1.0f, reject, cost<compute_t<S>>, workspace<compute_t<S>>, run<S>};
+constexpr Kernel<SdpaProblem> kKernel = {1.0f, reject, cost<S>, workspace<S>, run<S>};
 
 }  // namespace
 
+extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_bf16 = kKernel<bf16>;
+#if !FC_HAS_PAIRS
 extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_f32 = kKernel<float>;
 extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_f64 = kKernel<double>;
-extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_bf16 = kKernel<bf16>;
 extern constinit const Kernel<SdpaProblem> sdpa_bwd_flash_f16 = kKernel<f16>;
+#endif
 
 }  // namespace fastconv::FASTCONV_TARGET

@@ -36,6 +36,16 @@ inline constexpr bool kIsBf16 = false;
 template <>
 inline constexpr bool kIsBf16<bf16> = true;
 
+// Whether products of S are taken of pairs, by VDPBF16PS: two bf16 that lie side by side along what is summed, in each lane of a
+// vector of floats. It rounds sums to nearest even and takes subnormal numbers, operands and results, for zeros.
+#define FC_PAIRS_scalar 0
+#define FC_PAIRS_avx2 0
+#define FC_PAIRS_avx512 0
+#define FC_PAIRS_avx512_bf16 1
+#define FC_HAS_PAIRS FC_CONCAT(FC_PAIRS_, FASTCONV_TARGET)
+template <class S>
+inline constexpr bool kPairs = kIsBf16<S> && FC_HAS_PAIRS;
+
 #if FC_TARGET_LEVEL == 2
 
 using half_lanes = __m256i;  // as many halves as vec<float> has lanes
@@ -55,7 +65,9 @@ FC_INLINE vec<float> widen(half_lanes x) {
 }
 template <class S>
 FC_INLINE half_lanes narrow(vec<float> a) {
-  if constexpr (kIsBf16<S>) {
+  if constexpr (kPairs<S>) {
+    return (half_lanes)_mm512_cvtneps_pbh(a.v);
+  } else if constexpr (kIsBf16<S>) {
     const __m512i bits = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
     // Rounding could carry a NaN's mantissa into its sign.
@@ -163,6 +175,21 @@ FC_INLINE half_lanes narrow(vec<float> a) {
 // Of vectors of two bf16 a lane: the lower ones and the upper ones.
 FC_INLINE vec<float> widen_lower(vec<float> pairs) { return {(vec<float>::raw)((index_vec<float>::raw)pairs.v << 16)}; }
 FC_INLINE vec<float> widen_upper(vec<float> pairs) { return {(vec<float>::raw)((index_vec<float>::raw)pairs.v & ~0xFFFF)}; }
+
+#if FC_HAS_PAIRS
+// Lane by lane sum + the products of both pairs.
+FC_INLINE vec<float> add_pairs(vec<float> sum, vec<float> a, vec<float> b) {
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+// The pair that starts at p in every lane.
+FC_INLINE vec<float> set1_pair(const bf16* p) {
+  float pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return {_mm512_set1_ps(pair)};
+}
+// 32 numbers as bf16, side by side.
+FC_INLINE vec<float> narrow_pairs(vec<float> a, vec<float> b) { return {(__m512)_mm512_cvtne2ps_pbh(b.v, a.v)}; }
+#endif
 
 // One number as what it is computed in.
 FC_INLINE float wide(float x) { return x; }

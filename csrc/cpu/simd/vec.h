@@ -10,12 +10,13 @@
 #include <cstdint>
 
 #ifndef FASTCONV_TARGET
-#error "compile with -DFASTCONV_TARGET=scalar|avx2|avx512; cmake/isa.cmake does"
+#error "compile with -DFASTCONV_TARGET=scalar|avx2|avx512|avx512_bf16; cmake/isa.cmake does"
 #endif
 
 #define FC_TARGET_scalar 0
 #define FC_TARGET_avx2 1
 #define FC_TARGET_avx512 2
+#define FC_TARGET_avx512_bf16 2  // the same vectors, and products of pairs of bf16: cpu/simd/half.h
 #define FC_CONCAT_(a, b) a##b
 #define FC_CONCAT(a, b) FC_CONCAT_(a, b)
 #define FC_TARGET_LEVEL FC_CONCAT(FC_TARGET_, FASTCONV_TARGET)

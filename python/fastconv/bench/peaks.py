@@ -32,15 +32,18 @@ def with_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# What halves are computed in.
-_COMPUTED = {"bf16": "f32", "f16": "f32"}
+def computed(target: str, dtype: str) -> str:
+    """What a dtype's products are computed in: halves in f32, but for bf16 where there are products of its pairs."""
+    if dtype == "bf16" and target == "avx512_bf16":
+        return dtype
+    return "f32" if dtype in ("bf16", "f16") else dtype
 
 
 def fma_probe(target: str, dtype: str, threads: int) -> Probe:
     """GFLOP/s of fused multiply-adds, all threads together."""
 
     def measure() -> float:
-        return float(fastconv._C.fma_peak(target, _COMPUTED.get(dtype, dtype), threads, _PROBE_S))
+        return float(fastconv._C.fma_peak(target, computed(target, dtype), threads, _PROBE_S))
 
     return Probe(f"fma {target} {threads}", measure, lambda: with_threads(threads))
 
@@ -67,13 +70,13 @@ def copy_probe(moved: int, threads: int) -> Probe:
 
 def measure(threads: Sequence[int], dtype: str) -> list[dict[str, Any]]:
     """The ceilings outside any match, for each thread count and each instruction set that runs here."""
-    dtype = _COMPUTED.get(dtype, dtype)
     found: list[dict[str, Any]] = []
     for count in threads:
         with with_threads(count):
             for target in fastconv._C.machine()["isa"]:
-                peak = float(fastconv._C.fma_peak(target, dtype, count, _SETTLED_S))
-                found.append({"kind": "fma", "target": target, "dtype": dtype, "threads": count, "gflops": peak})
+                kind = computed(target, dtype)
+                peak = float(fastconv._C.fma_peak(target, kind, count, _SETTLED_S))
+                found.append({"kind": "fma", "target": target, "dtype": kind, "threads": count, "gflops": peak})
             probe = copy_probe(_MEMORY_BYTES, count)
             best = max(probe.measure() for _ in range(5))
             found.append({"kind": "copy", "bytes": _MEMORY_BYTES, "threads": count, "gbs": best})

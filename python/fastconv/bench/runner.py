@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,7 +139,7 @@ def _record(who: str, layout: str, threads: int) -> Record:
 def _algorithms(case: Case, settings: Settings, isa: str) -> list[str]:
     names = [name for name in settings.algorithms if name != "all"]
     if "all" in settings.algorithms:
-        target = widest_isa() if isa == "auto" else isa
+        target = widest_isa(case) if isa == "auto" else isa
         names += [
             k.algorithm
             for k in fastconv.kernels()
@@ -156,10 +156,15 @@ def _forced(case: Case, isa: str, algorithm: str) -> dict[str, str]:
     return {op: f"{op}.{algorithm}.{case.dtype}.{isa}" for op in case.kernel_ops}
 
 
-def widest_isa() -> str:
-    """The target that runs here and has the widest vectors."""
-    target: str = fastconv._C.machine()["isa"][-1]
-    return target
+def widest_isa(case: Case) -> str:
+    """The last target that runs here and has kernels of the case's kind."""
+    served = {k.target for k in fastconv.kernels() if k.op in case.kernel_ops and k.dtype == case.dtype}
+    return _last(served)
+
+
+def _last(some: Container[str]) -> str:
+    targets: list[str] = fastconv._C.machine()["isa"]
+    return next((target for target in reversed(targets) if target in some), targets[0])
 
 
 def _enter(case: Case, record: Record, forced: dict[str, str]) -> _Entry:
@@ -242,7 +247,7 @@ def _torch_errors(record: Record, records: Sequence[Record]) -> dict[str, float]
 def _probes(case: Case, settings: Settings, records: Sequence[Record]) -> list[tuple[Probe, Record]]:
     found: list[tuple[Probe, Record]] = []
     for threads in settings.threads:
-        for isa in sorted({widest_isa() if name == "auto" else name for name in settings.isas}):
+        for isa in sorted({widest_isa(case) if name == "auto" else name for name in settings.isas}):
             if case.flops and isa in fastconv._C.machine()["isa"]:
                 found.append((peaks.fma_probe(isa, case.dtype, threads), _fact("fma", threads) | {"target": isa}))
         if case.may_wait_for_memory:
@@ -301,7 +306,8 @@ def derive(result: Record) -> None:
         row["gflops"] = result["flops"] / seconds * 1e-9 if result["flops"] else None
         row["gbs"] = result["bytes"] / seconds * 1e-9 if result["bytes"] else None
         isa = row.get("isa", "auto")
-        peak = probes.get(("fma", row["threads"], widest_isa() if isa == "auto" else isa))
+        measured = {target for kind, threads, target in probes if (kind, threads) == ("fma", row["threads"])}
+        peak = probes.get(("fma", row["threads"], _last(measured) if isa == "auto" else isa))
         copy = probes.get(("copy", row["threads"], None))
         row["peak_share"] = row["gflops"] / peak if peak and row["gflops"] else None
         row["copy_share"] = row["gbs"] / copy if copy and row["gbs"] else None
