@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Read by libgomp when the imports below load it: its threads sleep where they would spin. With a worker of xdist for each core, each
-# computing on all of them, spinning took more than computing: 112 s of processor time for test_model_outputs, and now 36.
+# Read by libgomp when the imports below load it: its threads sleep where they would spin. With a worker of xdist for each core,
+# all computing on every core, spinning took more than computing: 112 s of processor time for test_model_outputs, and now 36.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from fastconv.testing import emulator, fill, grids, harness
