@@ -1,4 +1,7 @@
 # One object library for each ISA, all from the same sources.
+#
+#   FASTCONV_ISAS  those to build; scalar is always among them. Fewer than all are for the sanitizers, whose build takes minutes for
+#                  each, and not for a package.
 
 function(fastconv_add_isa target flags)
   add_library(fastconv_cpu_${target} OBJECT ${FASTCONV_CPU_SOURCES})
@@ -27,10 +30,18 @@ function(fastconv_add_isa target flags)
   target_sources(fastconv_kernels PRIVATE $<TARGET_OBJECTS:fastconv_cpu_${target}>)
 endfunction()
 
+set(FASTCONV_ISAS "scalar;avx2;avx512" CACHE STRING "Instruction sets to build for, on x86-64")
+set(FASTCONV_ISA_DEFINITIONS "")
+
 fastconv_add_isa(scalar "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(FASTCONV_X86 ON)
-  fastconv_add_isa(avx2 "-march=x86-64-v3")
-  # GCC and clang prefer 256-bit vectors by default because early Skylake lowered its clock for 512-bit ones.
-  fastconv_add_isa(avx512 "-march=x86-64-v4;-mprefer-vector-width=512")
+  if("avx2" IN_LIST FASTCONV_ISAS)
+    fastconv_add_isa(avx2 "-march=x86-64-v3")
+    list(APPEND FASTCONV_ISA_DEFINITIONS FASTCONV_AVX2)
+  endif()
+  if("avx512" IN_LIST FASTCONV_ISAS)
+    # GCC and clang prefer 256-bit vectors by default because early Skylake lowered its clock for 512-bit ones.
+    fastconv_add_isa(avx512 "-march=x86-64-v4;-mprefer-vector-width=512")
+    list(APPEND FASTCONV_ISA_DEFINITIONS FASTCONV_AVX512)
+  endif()
 endif()

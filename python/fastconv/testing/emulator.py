@@ -19,7 +19,11 @@ from types import SimpleNamespace
 from typing import Any
 
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
+# As in CMakeLists.txt: null pointers are faults, and objects' sizes redzones, without a check of their own.
+SANITIZE = (
+    "-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer", "-g1",
+)  # fmt: skip
 
 _i64, _i32 = ctypes.c_int64, ctypes.c_int32
 _DTYPES = ("f32", "f64", "bf16", "f16")
@@ -272,19 +276,15 @@ def build(
         roots = [overlay, root] if edited else [root]
         key = _digest(plain.encode(), repr(sorted(changed.items()) if edited else "").encode(), source.read_bytes())
         made = cache / f"{source.stem}-{key}.o"
-        if not made.exists():
-            place = overlay / relative if edited and relative in changed else source
-            includes = [f"-I{base / folder}" for base in roots for folder in ("tests/cuda_emulator", "csrc")]
-            _run(*flags, *includes, "-x", "c++", "-c", str(place), made=made)
+        place = overlay / relative if edited and relative in changed else source
+        includes = [f"-I{base / folder}" for base in roots for folder in ("tests/cuda_emulator", "csrc")]
+        _make(made, *flags, *includes, "-x", "c++", "-c", str(place))
         return made
 
-    # One process builds while others that want the same wait for it.
-    with (cache / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
-        library = cache / f"emulator-{_digest(*(p.name.encode() for p in objects))}.so"
-        if not library.exists():
-            _run(*flags, "-shared", *map(str, objects), made=library)
+    library = cache / f"emulator-{_digest(*(p.name.encode() for p in objects))}.so"
+    _make(library, *flags, "-shared", *map(str, objects))
     return library
 
 
@@ -299,6 +299,14 @@ def _edited(path: Path, *texts: str) -> str:
             raise ValueError(f"{path.name}: {text!r} is there {source.count(text)} times, expected once")
         source = source.replace(text, replacement)
     return source
+
+
+def _make(made: Path, *command: str) -> None:
+    """Runs the command for a file that is not there. One process does while others that want the same file wait for it."""
+    with made.with_suffix(f"{made.suffix}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            _run(*command, made=made)
 
 
 def _run(*command: str, made: Path) -> None:
