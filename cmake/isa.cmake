@@ -1,4 +1,7 @@
 # One object library for each ISA, all from the same sources but for avx512_bf16, which has what its few kernels need.
+#
+#   FASTCONV_ISAS  those to build; scalar is always among them, and avx512 where avx512_bf16 is. Fewer than all are for the sanitizers, whose build takes minutes for
+#                  each, and not for a package.
 
 function(fastconv_add_isa target flags)
   add_library(fastconv_cpu_${target} OBJECT ${ARGN})
@@ -27,20 +30,29 @@ function(fastconv_add_isa target flags)
   target_sources(fastconv_kernels PRIVATE $<TARGET_OBJECTS:fastconv_cpu_${target}>)
 endfunction()
 
+set(FASTCONV_ISAS "scalar;avx2;avx512;avx512_bf16" CACHE STRING "Instruction sets to build for, on x86-64")
+set(FASTCONV_ISA_DEFINITIONS "")
+
 fastconv_add_isa(scalar "" ${FASTCONV_CPU_SOURCES})
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(FASTCONV_X86 ON)
-  fastconv_add_isa(avx2 "-march=x86-64-v3" ${FASTCONV_CPU_SOURCES})
-  # GCC and clang prefer 256-bit vectors by default because early Skylake lowered its clock for 512-bit ones.
-  fastconv_add_isa(avx512 "-march=x86-64-v4;-mprefer-vector-width=512" ${FASTCONV_CPU_SOURCES})
-  # Products of pairs of bf16: sources of their own, and those of blocks that they use.
-  include(CheckCXXCompilerFlag)
-  check_cxx_compiler_flag("-march=x86-64-v4 -mavx512bf16" FASTCONV_AVX512_BF16)
-  if(FASTCONV_AVX512_BF16)
-    file(GLOB FASTCONV_PAIR_SOURCES CONFIGURE_DEPENDS csrc/cpu/kernels/avx512_bf16/*.cpp csrc/cpu/blocks/avx512_bf16/*.cpp)
-    fastconv_add_isa(avx512_bf16 "-march=x86-64-v4;-mavx512bf16;-mprefer-vector-width=512" ${FASTCONV_PAIR_SOURCES}
-                     csrc/cpu/blocks/fma_burst.cpp csrc/cpu/blocks/input_gradient.cpp csrc/cpu/blocks/bias_gradient.cpp
-                     csrc/cpu/blocks/attention.cpp csrc/cpu/kernels/sdpa_fwd_flash.cpp
-                     csrc/cpu/kernels/sdpa_bwd_flash.cpp)
+  if("avx2" IN_LIST FASTCONV_ISAS)
+    fastconv_add_isa(avx2 "-march=x86-64-v3" ${FASTCONV_CPU_SOURCES})
+    list(APPEND FASTCONV_ISA_DEFINITIONS FASTCONV_AVX2)
+  endif()
+  if("avx512" IN_LIST FASTCONV_ISAS)
+    # GCC and clang prefer 256-bit vectors by default because early Skylake lowered its clock for 512-bit ones.
+    fastconv_add_isa(avx512 "-march=x86-64-v4;-mprefer-vector-width=512" ${FASTCONV_CPU_SOURCES})
+    list(APPEND FASTCONV_ISA_DEFINITIONS FASTCONV_AVX512)
+    # Products of pairs of bf16: sources of their own, and those of blocks that they use.
+    include(CheckCXXCompilerFlag)
+    check_cxx_compiler_flag("-march=x86-64-v4 -mavx512bf16" FASTCONV_HAS_AVX512_BF16)
+    if("avx512_bf16" IN_LIST FASTCONV_ISAS AND FASTCONV_HAS_AVX512_BF16)
+      file(GLOB FASTCONV_PAIR_SOURCES CONFIGURE_DEPENDS csrc/cpu/kernels/avx512_bf16/*.cpp csrc/cpu/blocks/avx512_bf16/*.cpp)
+      fastconv_add_isa(avx512_bf16 "-march=x86-64-v4;-mavx512bf16;-mprefer-vector-width=512" ${FASTCONV_PAIR_SOURCES}
+                       csrc/cpu/blocks/fma_burst.cpp csrc/cpu/blocks/input_gradient.cpp csrc/cpu/blocks/bias_gradient.cpp
+                       csrc/cpu/blocks/attention.cpp csrc/cpu/kernels/sdpa_fwd_flash.cpp
+                       csrc/cpu/kernels/sdpa_bwd_flash.cpp)
+      list(APPEND FASTCONV_ISA_DEFINITIONS FASTCONV_AVX512_BF16)
+    endif()
   endif()
 endif()

@@ -175,14 +175,15 @@ py::dict machine() {
 
 py::dict build() {
   using namespace py::literals;
-#ifdef FASTCONV_X86
-#ifdef FASTCONV_AVX512_BF16
-  const auto targets = isa_names(kIsaScalar | kIsaAvx2 | kIsaAvx512 | kIsaAvx512Bf16);
-#else
-  const auto targets = isa_names(kIsaScalar | kIsaAvx2 | kIsaAvx512);
+  uint32_t built = kIsaScalar;
+#ifdef FASTCONV_AVX2
+  built |= kIsaAvx2;
 #endif
-#else
-  const auto targets = isa_names(kIsaScalar);
+#ifdef FASTCONV_AVX512
+  built |= kIsaAvx512;
+#endif
+#ifdef FASTCONV_AVX512_BF16
+  built |= kIsaAvx512Bf16;
 #endif
 #ifdef _OPENMP
   const std::string openmp = std::to_string(_OPENMP);
@@ -190,7 +191,7 @@ py::dict build() {
   const std::string openmp;
 #endif
   return py::dict("version"_a = FASTCONV_VERSION, "compiler"_a = FASTCONV_COMPILER, "flags"_a = FASTCONV_FLAGS,
-                  "targets"_a = targets, "cuda"_a = FASTCONV_CUDA_VERSION, "cuda_reason"_a = FASTCONV_CUDA_REASON,
+                  "targets"_a = isa_names(built), "cuda"_a = FASTCONV_CUDA_VERSION, "cuda_reason"_a = FASTCONV_CUDA_REASON,
                   "cuda_architectures"_a = FASTCONV_CUDA_ARCHITECTURES, "openmp"_a = openmp);
 }
 

@@ -7,6 +7,7 @@ only.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+# Read by libgomp when the imports below load it: its threads sleep where they would spin. With a worker of xdist for each core,
+# all computing on every core, spinning took more than computing: 112 s of processor time for test_model_outputs, and now 36.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from fastconv.testing import emulator, fill, grids, harness
 from fastconv.testing.problems import Case
@@ -78,6 +83,13 @@ def widened() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops(*names): the operations whose kernels a test takes; all without it")
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of tests and torch's modules live to the end: a collection, of which the bench makes several for each call that it
+    # times, would walk through them every time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

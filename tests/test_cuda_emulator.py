@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastconv.testing import emulator, fill, harness
-from fastconv.testing.problems import parse
+from fastconv.testing import emulator, fill, grids, harness
+from fastconv.testing.problems import CONV_OPS, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = re.findall(r"^FC_KERNEL\((\w+), (\w+), (\w+), SM80\)", (ROOT / "csrc/kernels.def").read_text(), re.MULTILINE)
@@ -35,6 +35,12 @@ SPARSE = 3 if SANITIZE else 1
 
 def test_every_row_is_emulated(emulated: emulator.Emulator) -> None:
     assert emulated.names == EVERY
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("op", CONV_OPS)
+def test_the_direct_kernel_takes_what_nothing_else_takes(emulated: emulator.Emulator, op: str, dtype: str) -> None:
+    assert harness.accepted(f"{op}.direct.{dtype}.sm80") == tuple(grids.grid(op))
 
 
 # Memory that starts at a page serves the kernels that move 16 bytes at a time, memory one element off those that cannot; both end

@@ -10,73 +10,122 @@ import mmap
 import os
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from fastconv.testing import fill, harness
-from fastconv.testing.buffers import Place
-from fastconv.testing.problems import Case
 
-_REPORT_BYTES = 1 << 16
+_BYTES = 1 << 16
+Note = Callable[[str], None]
 
 
-def run_in_child(work: Callable[[Callable[[str], None]], None]) -> str:
-    """Runs work(note) in a forked child: '' if it returns, otherwise its exception, or its signal and its last note."""
-    report = mmap.mmap(-1, _REPORT_BYTES)
+class Child:
+    """A forked process that does one piece of work after another; where it dies of one, the next has another process.
 
-    def note(text: str) -> None:
-        data = text.encode()[: _REPORT_BYTES - 1]
-        report[: len(data) + 1] = data + b"\0"
+    One for all kernels, which computes truths for itself, once for all kernels of an op: a fork of a process that holds thousands
+    of problems takes longer than a kernel's checks.
+    """
 
-    with warnings.catch_warnings():
-        # Newer Pythons warn about forking with threads; the child runs kernels serially, see core/parallel.h.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        code = 1
-        faulthandler.disable()  # the crash is reported by its signal and the last note
+    def __init__(self) -> None:
+        self._notes = mmap.mmap(-1, _BYTES)
+        self._pid = self._orders = self._answers = 0
+
+    def note(self, text: str) -> None:
+        data = text.encode()[: _BYTES - 1]
+        self._notes[: len(data) + 1] = data + b"\0"
+
+    def _fork(self) -> None:
+        orders, self._orders = os.pipe()
+        self._answers, answers = os.pipe()
+        with warnings.catch_warnings():
+            # Newer Pythons warn about forking with threads; the child runs kernels serially, see core/parallel.h.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        if self._pid:
+            os.close(orders)
+            os.close(answers)
+            return
         try:
-            work(note)
-            code = 0
-        except BaseException as error:
-            note(f"{type(error).__name__}: {error}")
+            os.close(self._orders)
+            faulthandler.disable()  # the crash is reported by its signal and the last note
+            while order := os.read(orders, _BYTES):
+                kind, *words = order.decode().split()
+                try:
+                    WORK[kind](self.note, *words)
+                    os.write(answers, b"+")
+                except BaseException as error:
+                    self.note(f"{type(error).__name__}: {error}")
+                    os.write(answers, b"-")
         finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    text = report[:_REPORT_BYTES].split(b"\0")[0].decode(errors="replace")
-    if os.WIFSIGNALED(status):
+            os._exit(0)
+
+    def run(self, order: str) -> str:
+        """Does what `order` says: '' if that returns, otherwise its exception, or its signal and its last note."""
+        if not self._pid:
+            self._fork()
+        self.note("")
+        os.write(self._orders, order.encode())
+        answer = os.read(self._answers, 1)
+        text = self._notes[:_BYTES].split(b"\0")[0].decode(errors="replace")
+        if answer:
+            return text if answer == b"-" else ""
+        status = self.close()
         return f"{signal.Signals(os.WTERMSIG(status)).name} in: {text}"
-    return text if os.WEXITSTATUS(status) else ""
+
+    def close(self) -> int:
+        os.close(self._orders)
+        os.close(self._answers)
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        return status
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[Child]:
+    child = Child()
+    child.run("nothing")  # forked before this process has problems in memory
+    yield child
+    child.close()
+
+
+def check_guarded(note: Note, kernel: str, place: str) -> None:
+    assert place in ("low", "high")
+    cases = harness.checked(kernel)
+    if place == "low":
+        cases = cases[::3]  # what reads before a tensor starts is an offset, and no tail: fewer sizes show it
+    for case in cases:
+        note(harness.repro(kernel, case, fill.integers, False, 1, place))
+        harness.check(kernel, case, fill.integers, place=place)
+
+
+def crash(note: Note) -> None:
+    note("the last problem")
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def fail(note: Note) -> None:
+    raise harness.KernelFault("wrong")
+
+
+WORK: dict[str, Callable[..., None]] = {
+    "nothing": lambda note: None, "guarded": check_guarded, "crash": crash, "fail": fail,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("place", ["low", "high"])
-def test_guard_pages(kernel: str, place: Place) -> None:
-    cases: tuple[Case, ...] = harness.checked(kernel)
-    if place == "low":
-        cases = cases[::3]  # what reads before a tensor starts is an offset, and no tail: fewer sizes show it
-    op, _, dtype, _ = kernel.split(".")
-    for case in cases:
-        harness.problem_data(op, case, fill.integers, dtype)  # once, in the parent
-
-    def work(note: Callable[[str], None]) -> None:
-        for case in cases:
-            note(harness.repro(kernel, case, fill.integers, False, 1, place))
-            harness.check(kernel, case, fill.integers, place=place)
-
-    assert not (failure := run_in_child(work)), failure
+def test_guard_pages(child: Child, kernel: str, place: str) -> None:
+    assert not (failure := child.run(f"guarded {kernel} {place}")), failure
 
 
-def test_the_child_reports_a_crash() -> None:
-    def crash(note: Callable[[str], None]) -> None:
-        note("the last problem")
-        os.kill(os.getpid(), signal.SIGSEGV)
+def test_the_child_reports_a_crash_and_is_replaced() -> None:
+    child = Child()
+    for _ in range(2):
+        assert child.run("crash") == "SIGSEGV in: the last problem"
+    assert child.run("nothing") == ""
+    assert child.close() == 0
 
-    assert run_in_child(crash) == "SIGSEGV in: the last problem"
 
-
-def test_the_child_reports_an_exception() -> None:
-    def fail(note: Callable[[str], None]) -> None:
-        raise harness.KernelFault("wrong")
-
-    assert run_in_child(fail) == "KernelFault: wrong"
+def test_the_child_reports_an_exception_and_goes_on(child: Child) -> None:
+    assert child.run("fail") == "KernelFault: wrong"
+    assert child.run("nothing") == ""

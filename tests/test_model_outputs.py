@@ -15,7 +15,7 @@ from fastconv.models import blocks
 
 # The others are longer than one of their family, and built no otherwise; those of WIDER are wider as well.
 WIDER = [f"efficientnet_b{i}" for i in range(1, 8)]
-LONGER = ["densenet169", "densenet201"]
+LONGER = ["resnet34", "resnet101", "resnet152", "vgg19", "densenet169", "densenet201"]
 RUN = [name for name in models.names() if name not in (*LONGER, *WIDER, "vit_small", "vit_b_16", "vit_l_16")]
 
 

@@ -19,10 +19,12 @@ namespace fastconv {
 namespace scalar {
 FC_DECLARE_BURST
 }
-#ifdef FASTCONV_X86
+#ifdef FASTCONV_AVX2
 namespace avx2 {
 FC_DECLARE_BURST
 }
+#endif
+#ifdef FASTCONV_AVX512
 namespace avx512 {
 FC_DECLARE_BURST
 }
@@ -45,8 +47,10 @@ struct Entry {
 
 constexpr Entry kEntries[] = {
     {"scalar", kIsaScalar, scalar::fma_burst_f32, scalar::fma_burst_f64},
-#ifdef FASTCONV_X86
+#ifdef FASTCONV_AVX2
     {"avx2", kIsaAvx2, avx2::fma_burst_f32, avx2::fma_burst_f64},
+#endif
+#ifdef FASTCONV_AVX512
     {"avx512", kIsaAvx512, avx512::fma_burst_f32, avx512::fma_burst_f64},
 #endif
 #ifdef FASTCONV_AVX512_BF16

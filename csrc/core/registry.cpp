@@ -30,13 +30,21 @@ using batch_norm_bwd_problem = BatchNormProblem;
 namespace scalar {
 #include "kernels.def"
 }
-#ifdef FASTCONV_X86
+#ifdef FASTCONV_AVX2
 namespace avx2 {
 #include "kernels.def"
 }
+#define FC_ROWS_AVX2(op, algorithm, dtype) FC_LIST(op, algorithm, dtype, avx2, kIsaAvx2)
+#else
+#define FC_ROWS_AVX2(op, algorithm, dtype)
+#endif
+#ifdef FASTCONV_AVX512
 namespace avx512 {
 #include "kernels.def"
 }
+#define FC_ROWS_AVX512(op, algorithm, dtype) FC_LIST(op, algorithm, dtype, avx512, kIsaAvx512)
+#else
+#define FC_ROWS_AVX512(op, algorithm, dtype)
 #endif
 #ifdef FASTCONV_AVX512_BF16
 namespace avx512_bf16 {
@@ -56,14 +64,10 @@ namespace sm80 {
 #endif
 #undef FC_KERNEL
 
-#ifdef FASTCONV_X86
-#define FC_ROWS_CPU(op, algorithm, dtype)           \
-  FC_LIST(op, algorithm, dtype, avx512, kIsaAvx512) \
-  FC_LIST(op, algorithm, dtype, avx2, kIsaAvx2)     \
+#define FC_ROWS_CPU(op, algorithm, dtype) \
+  FC_ROWS_AVX512(op, algorithm, dtype)    \
+  FC_ROWS_AVX2(op, algorithm, dtype)      \
   FC_LIST(op, algorithm, dtype, scalar, kIsaScalar)
-#else
-#define FC_ROWS_CPU(op, algorithm, dtype) FC_LIST(op, algorithm, dtype, scalar, kIsaScalar)
-#endif
 
 const std::vector<Row>& rows() {
   static const std::vector<Row> table = {

@@ -24,7 +24,7 @@ namespace emulator {
 template <Index Thread::* kWhich>
 struct Builtin {
   struct {
-    operator unsigned() const { return (self().*kWhich).x; }
+    FC_UNSEEN operator unsigned() const { return (self().*kWhich).x; }
   } x;
 };
 
@@ -41,7 +41,7 @@ inline constexpr emulator::Builtin<&emulator::Thread::grid_size> gridDim{};
 #define __shfl_sync(mask, value, from) ::emulator::shuffle(mask, value, from, FC_SITE)
 #define __ballot_sync(mask, vote) ::emulator::ballot(mask, vote, FC_SITE)
 #define __any_sync(mask, vote) (::emulator::ballot(mask, vote, FC_SITE) != 0)
-#define __syncwarp() ::emulator::wait_for_warp(FC_SITE)
+#define __syncwarp() ::emulator::sync_warp(FC_SITE)
 
 namespace emulator {
 
@@ -50,18 +50,18 @@ inline void need_full(unsigned mask) {
 }
 
 template <class T>
-T shuffle_xor(unsigned mask, T value, int bits, Site site) {
+FC_UNSEEN T shuffle_xor(unsigned mask, T value, int bits, Site site) {
   need_full(mask);
   return exchange(value, site).lane[(self().thread.x % kWarp) ^ unsigned(bits)];
 }
 
 template <class T>
-T shuffle(unsigned mask, T value, int from, Site site) {
+FC_UNSEEN T shuffle(unsigned mask, T value, int from, Site site) {
   need_full(mask);
   return exchange(value, site).lane[from % kWarp];
 }
 
-inline unsigned ballot(unsigned mask, bool vote, Site site) {
+FC_UNSEEN inline unsigned ballot(unsigned mask, bool vote, Site site) {
   need_full(mask);
   const Warp<bool> votes = exchange(vote, site);
   unsigned bits = 0;

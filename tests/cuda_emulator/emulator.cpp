@@ -154,6 +154,17 @@ void wait(State state, Site site) {
   to_scheduler(false);
 }
 
+// --- asynchronous copies
+
+// Over what another thread still reads, perhaps.
+void land(const AsyncCopy& copy) {
+  if (copy.exists) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
+
 // --- one block
 
 std::string describe(const Fiber& fiber) {
@@ -196,10 +207,11 @@ void choose_order(std::vector<unsigned>& order, unsigned threads) {
   }
 }
 
-void run_block(unsigned block, unsigned blocks, unsigned threads, void* shared, std::vector<Lane>& lanes) {
+void run_block(unsigned block, unsigned blocks, unsigned threads, void* shared, size_t shared_bytes, std::vector<Lane>& lanes) {
+  races::begin_block(block, shared, shared_bytes);
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    fiber.thread = {{i}, {block}, {threads}, {blocks}, &lanes[i / kWarp * kWarp], 0, shared, {{}}};
+    fiber.thread = {{i}, {block}, {threads}, {blocks}, &lanes[i / kWarp * kWarp], 0, shared, 0, {{}}};
     fiber.state = State::ready;
     fiber.stack.start(stack_of(fiber), fiber_main);
   }
@@ -220,7 +232,10 @@ void run_block(unsigned block, unsigned blocks, unsigned threads, void* shared, 
     for (unsigned warp = 0; warp < threads; warp += kWarp) {
       if (fibers[warp].state == State::at_collective) moved |= release(warp, warp + kWarp, State::at_collective);
     }
-    if (fibers[0].state == State::at_barrier) moved |= release(0, threads, State::at_barrier);
+    if (fibers[0].state == State::at_barrier && release(0, threads, State::at_barrier)) {
+      races::pass_barrier();
+      moved = true;
+    }
     if (moved) continue;
     if (order.size() == threads) report_deadlock(threads);
     order.resize(threads);
@@ -236,14 +251,41 @@ void wait_for_block(Site site) { wait(State::at_barrier, site); }
 
 void wait_for_warp(Site site) { wait(State::at_collective, site); }
 
+void sync_warp(Site site) {
+  wait_for_warp(site);
+  ++self().step;
+}
+
+void note_error(const std::string& text) {
+  if (error.empty()) error = text;
+}
+
 void set_seed(uint64_t seed) {
   lots.seed(seed);
   copies = 0;
 }
 
-bool draw_early() {
+void start_copy(void* to, const void* from, bool exists) {
+  if (uintptr_t(to) % 16 != 0 || (exists && uintptr_t(from) % 16 != 0)) fail("cp.async: an address not aligned to 16 bytes");
+  races::start_copy(to, 16, __builtin_return_address(0));
+  if (exists) races::read(from, 16, __builtin_return_address(0));
   ++copies;
-  return lots() % 2;
+  AsyncCopy copy = {to, from, exists, lots() % 2 != 0};
+  if (copy.landed) land(copy);
+  self().copies.back().push_back(copy);
+}
+
+void close_copies() { self().copies.emplace_back(); }
+
+void finish_copies(int pending) {
+  auto& groups = self().copies;
+  while (int(groups.size()) - 1 > pending) {
+    for (const AsyncCopy& copy : groups.front()) {
+      if (!copy.landed) land(copy);
+      races::finish_copy(copy.to, 16, __builtin_return_address(0));
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 uint64_t copies_started() { return copies; }
@@ -259,6 +301,7 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std:
   }
   body = &kernel;
   error.clear();
+  const races::Launch launch(stacks, fibers.size() * kStack);
   std::vector<Lane> lanes(threads);
   std::vector<unsigned> order(blocks);
   for (unsigned i = 0; i < blocks; ++i) order[i] = i;
@@ -269,7 +312,7 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std:
   const std::unique_ptr<void, decltype(&std::free)> owner(shared, &std::free);
   for (const unsigned block : order) {
     if (shared_bytes) std::memset(shared, 0xFF, shared_bytes);
-    run_block(block, blocks, threads, shared, lanes);
+    run_block(block, blocks, threads, shared, shared_bytes, lanes);
   }
 }
 

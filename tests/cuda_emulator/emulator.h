@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "races.h"
+
 namespace emulator {
 
 constexpr int kWarp = 32;
@@ -46,6 +48,7 @@ struct Thread {
   Lane* warp;  // the 32 lanes of its warp
   int turn;    // which of Lane::shown this lane writes next
   void* shared_memory;
+  unsigned step;                               // how many __syncwarp() it has passed
   std::vector<std::vector<AsyncCopy>> copies;  // by group; the last one is still open
 };
 
@@ -54,11 +57,15 @@ Thread& self();
 
 // Waits for all threads of the block, which must come to the same place.
 void wait_for_block(Site site);
-// Waits for all lanes of the warp, which must come to the same place.
+// Waits for all lanes of the warp, which must come to the same place. What they did before may be seen by others of them only
+// after the second one.
 void wait_for_warp(Site site);
+void sync_warp(Site site);
 
 // An error of the kernel: ends the launch with this text.
 [[noreturn]] inline void fail(const std::string& text) { throw std::runtime_error(text); }
+// The same from where nothing may be thrown: the launch ends when the running thread waits or ends.
+void note_error(const std::string& text);
 
 // Every lane's value, by lane.
 template <class T>
@@ -67,7 +74,7 @@ struct Warp {
 };
 
 template <class T>
-Warp<T> exchange(const T& mine, Site site) {
+FC_UNSEEN Warp<T> exchange(const T& mine, Site site) {
   static_assert(sizeof(T) <= kShown && std::is_trivially_copyable_v<T>);
   Thread& me = self();
   const int turn = me.turn;
@@ -85,8 +92,13 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std:
 // Which lots are drawn from now on.
 void set_seed(uint64_t seed);
 
-// Whether a copy that is started now lands at once. Counts it.
-bool draw_early();
+// cp.async of 16 bytes, or of 16 zero bytes where they do not exist: lands at once, over what another thread still reads, or as
+// late as when it is waited for, drawn by lot.
+void start_copy(void* to, const void* from, bool exists);
+// Closes a group of copies.
+void close_copies();
+// Waits for all closed groups but the last `pending`: a thread that does not may read what was there before.
+void finish_copies(int pending);
 
 // Asynchronous copies started since the last call of set_seed: those that move something tell which way a kernel took.
 uint64_t copies_started();

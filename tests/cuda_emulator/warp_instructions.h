@@ -7,34 +7,6 @@
 
 namespace emulator {
 
-inline void land(const AsyncCopy& copy) {
-  if (copy.exists) {
-    std::memcpy(copy.to, copy.from, 16);
-  } else {
-    std::memset(copy.to, 0, 16);
-  }
-}
-
-// A copy may land at once, over what another thread still reads, or as late as when it is waited for: drawn by lot.
-inline void start_copy(void* to, const void* from, bool exists) {
-  if (uintptr_t(to) % 16 != 0 || (exists && uintptr_t(from) % 16 != 0)) fail("cp.async: an address not aligned to 16 bytes");
-  AsyncCopy copy = {to, from, exists, draw_early()};
-  if (copy.landed) land(copy);
-  self().copies.back().push_back(copy);
-}
-
-// The copies of all closed groups but the last `pending` land now, if they have not: a thread that does not wait may read what
-// was there before.
-inline void finish_copies(int pending) {
-  auto& groups = self().copies;
-  while (int(groups.size()) - 1 > pending) {
-    for (const AsyncCopy& copy : groups.front()) {
-      if (!copy.landed) land(copy);
-    }
-    groups.erase(groups.begin());
-  }
-}
-
 // What the 32 lanes give to one ldmatrix: matrix i has the rows of the lanes 8 i .. 8 i + 7.
 struct MatrixRow {
   uintptr_t address;
@@ -46,10 +18,11 @@ struct MatrixRow {
   }
 };
 
-inline Warp<MatrixRow> matrix_rows(const void* row, Site site) {
+FC_UNSEEN inline Warp<MatrixRow> matrix_rows(const void* row, Site site, const void* where) {
   MatrixRow mine;
   mine.address = uintptr_t(row);
   if (mine.address % 16 != 0) fail("ldmatrix: a row that is not aligned to 16 bytes");
+  races::read(row, 16, where);
   std::memcpy(mine.bytes, row, 16);
   const Warp<MatrixRow> rows = exchange(mine, site);
   for (int matrix = 0; matrix < 4; ++matrix) {
@@ -60,8 +33,8 @@ inline Warp<MatrixRow> matrix_rows(const void* row, Site site) {
   return rows;
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row, Site site) {
-  const Warp<MatrixRow> rows = matrix_rows(row, site);
+[[gnu::noinline]] FC_UNSEEN inline void load_matrices(uint32_t (&r)[4], const void* row, Site site) {
+  const Warp<MatrixRow> rows = matrix_rows(row, site, __builtin_return_address(0));
   const int lane = int(self().thread.x % kWarp), column = lane % 4 * 2;
   for (int matrix = 0; matrix < 4; ++matrix) {
     const MatrixRow& mine = rows.lane[8 * matrix + lane / 4];
@@ -69,8 +42,8 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, Site site) {
   }
 }
 
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Site site) {
-  const Warp<MatrixRow> rows = matrix_rows(row, site);
+[[gnu::noinline]] FC_UNSEEN inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, Site site) {
+  const Warp<MatrixRow> rows = matrix_rows(row, site, __builtin_return_address(0));
   const int lane = int(self().thread.x % kWarp), first = lane % 4 * 2;
   for (int matrix = 0; matrix < 4; ++matrix) {
     const MatrixRow* const mine = rows.lane + 8 * matrix;
@@ -83,7 +56,7 @@ struct Fragments {
   uint32_t a[4], b[2];
 };
 
-inline Warp<Fragments> fragments(const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
+FC_UNSEEN inline Warp<Fragments> fragments(const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
   Fragments mine;
   std::memcpy(mine.a, a, sizeof a);
   std::memcpy(mine.b, b, sizeof b);
@@ -92,7 +65,7 @@ inline Warp<Fragments> fragments(const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 // `value` is what 16 bits stand for.
 template <class Value>
-void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value, Site site) {
+FC_UNSEEN void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value, Site site) {
   const Warp<Fragments> all = fragments(a, b, site);
   const auto half = [&](uint32_t pair, int k) { return value(uint16_t(k % 2 ? pair >> 16 : pair)); };
   const int lane = int(self().thread.x % kWarp);
@@ -114,7 +87,7 @@ inline uint32_t round_to_tf32(uint32_t bits) {
   return (bits + (kDropped + 1) / 2) & ~kDropped;
 }
 
-inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
+FC_UNSEEN inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
   const Warp<Fragments> all = fragments(a, b, site);
   const auto value = [](uint32_t bits) {
     // The hardware would truncate: twice the error, and always towards zero.

@@ -22,7 +22,7 @@ FC_DEVICE void copy_async(void* to, const void* from, bool exists) {
 // Closes the group of the copies started since the last one was closed. A group may be empty.
 FC_DEVICE void close_copies() {
 #ifdef FASTCONV_EMULATED
-  ::emulator::self().copies.emplace_back();
+  ::emulator::close_copies();
 #else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif

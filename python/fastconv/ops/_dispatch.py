@@ -9,6 +9,7 @@ operands: torch.compile, export, tracing, fake tensors, dispatch modes, tensor s
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,12 +89,29 @@ def _functionalizing() -> bool:
     return kinds.Functionalize in levels and all(level in (kinds.Functionalize, kinds.Vmap) for level in levels)
 
 
+_rule = threading.local()
+
+
+def rule_of_op(vmap: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's rule for vmap as the registered op's own: inside, ops are called, for torch refuses a Function there."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        before = getattr(_rule, "of_op", False)
+        _rule.of_op = True
+        try:
+            return vmap(info, in_dims, *args)
+        finally:
+            _rule.of_op = before
+
+    return rule
+
+
 def way(*tensors: Tensor | None) -> Way:
     """How to call an op on these tensors. Dynamo folds the first test to a constant and sees nothing of the rest."""
     if torch.compiler.is_compiling():
         return OP
     if _functorch_active():
-        return OP if _functionalizing() else TRANSFORM
+        return OP if getattr(_rule, "of_op", False) or _functionalizing() else TRANSFORM
     if _modes_active() or _tracing():
         return OP
     grad = _grad_enabled()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ._dispatch import FUNCTION, KERNEL, TRANSFORM, direct, way
+from ._dispatch import FUNCTION, KERNEL, TRANSFORM, direct, rule_of_op, way
 
 
 def call(
@@ -41,7 +41,7 @@ def derive(op: str, function: type[Function], vmap: Callable[..., Any], library:
     """Registers a function's derivative and a vmap rule for the op itself, for compilers: they trace no Function with a jvp."""
     name = f"fastconv::{op}"
     torch.library.register_autograd(name, function.backward, setup_context=function.setup_context, lib=library)
-    torch.library.register_vmap(name, vmap, lib=library)
+    torch.library.register_vmap(name, rule_of_op(vmap), lib=library)
 
 
 def _dual() -> bool:

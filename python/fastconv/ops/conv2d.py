@@ -29,7 +29,7 @@ from ._conv2d_kernels import (
     run_fwd,
     run_wgrad,
 )
-from ._dispatch import FUNCTION, KERNEL, OP, TRANSFORM, Way, way
+from ._dispatch import FUNCTION, KERNEL, OP, TRANSFORM, Way, rule_of_op, way
 
 Context: TypeAlias = Any  # torch.autograd.function.FunctionCtx, which takes any attribute
 Grads: TypeAlias = tuple[Tensor | None, ...]
@@ -428,4 +428,4 @@ for _op, _backward, _setup, _vmap in (
     ("fastconv::conv2d_wgrad", _Wgrad.backward, _setup_wgrad, _Wgrad.vmap),
 ):
     torch.library.register_autograd(_op, _backward, setup_context=_setup, lib=library)
-    torch.library.register_vmap(_op, _vmap, lib=library)
+    torch.library.register_vmap(_op, rule_of_op(_vmap), lib=library)

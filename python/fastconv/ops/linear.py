@@ -31,6 +31,7 @@ from ._dispatch import (
     computed_in,
     direct,
     empty_strided,
+    rule_of_op,
     way,
 )
 from .conv2d import conv2d
@@ -473,4 +474,4 @@ for _op, _function in (("linear_fwd", _Linear), ("linear_dgrad", _Dgrad), ("line
     torch.library.register_autograd(
         f"fastconv::{_op}", _function.backward, setup_context=_function.setup_context, lib=library
     )
-    torch.library.register_vmap(f"fastconv::{_op}", _function.vmap, lib=library)
+    torch.library.register_vmap(f"fastconv::{_op}", rule_of_op(_function.vmap), lib=library)

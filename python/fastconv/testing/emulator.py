@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,16 @@ from types import SimpleNamespace
 from typing import Any
 
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
+# Without a sanitizer, kernels call a hook before each access (tests/cuda_emulator/races.h). The emulator itself does not, and
+# ThreadSanitizer's library, which has hooks of these names, is not linked.
+RACES = "-DFASTCONV_RACES"
+HOOKS = ("-fsanitize=thread", "-g1")
+OWN = ("-O2",)  # the emulator's own files, which are called at each of them
+# As in CMakeLists.txt: null pointers are faults, and objects' sizes redzones, without a check of their own.
+SANITIZE = (
+    "-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer", "-g1",
+)  # fmt: skip
 
 _i64, _i32 = ctypes.c_int64, ctypes.c_int32
 _DTYPES = ("f32", "f64", "bf16", "f16")
@@ -157,7 +167,7 @@ class _Plan:
             self._row, ctypes.byref(self._problem), args, workspace, self._emulator.seed
         )
         if error:
-            raise EmulatorError(f"{self.kernel}: {error.decode()}")
+            raise EmulatorError(f"{self.kernel}: {_with_lines(error.decode(), self._emulator.path)}")
 
     def run_conv2d(
         self, x: int, w: int, bias: int, residual: int, y: int, packed: int = 0, workspace: int = 0, stream: int = 0
@@ -185,6 +195,7 @@ class Emulator:
     NormProblem = staticmethod(_norm)
 
     def __init__(self, path: Path, seed: int = 0) -> None:
+        self.path = path
         self.library: Any = ctypes.CDLL(str(path))
         self.seed = seed
         for name, result in (
@@ -238,6 +249,22 @@ class Emulator:
         return _Plan(self, self.names.index(name), problem)
 
 
+def _with_lines(text: str, library: Path) -> str:
+    """The text with lines of kernels for addresses in the library, @0x…, where binutils are at hand."""
+    tool = shutil.which("addr2line")
+    if tool is None:
+        return text
+
+    def lines(address: re.Match[str]) -> str:
+        words = [tool, "-i", "-e", str(library), address[1]]
+        found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.split("\n")
+        # From the innermost function that was inlined to the kernel.
+        frames = [Path(line.split(" ")[0]).name for line in found if "/csrc/cuda/" in line]
+        return " < ".join(frames) or address[0]
+
+    return re.sub(r"@(0x[0-9a-f]+)", lines, text)
+
+
 # ---- Building ---------------------------------------------------------------------------------------------------------------
 
 
@@ -253,12 +280,14 @@ def build(
     command = compiler()
     if command is None:
         raise RuntimeError("no host compiler")
-    flags = [command, *FLAGS, *(SANITIZE if sanitize else ())]
+    flags = [command, *FLAGS, *(SANITIZE if sanitize else (RACES,))]
     sources = sorted((root / "csrc/cuda/kernels").glob("*.cu")) + sorted((root / "tests/cuda_emulator").glob("*.cpp"))
     headers = [
         p for folder in ("csrc/core", "csrc/cuda/blocks", "tests/cuda_emulator") for p in (root / folder).glob("*.h")
     ]
-    plain = _digest(repr(flags).encode(), *(p.read_bytes() for p in sorted([*headers, root / "csrc/kernels.def"])))
+    plain = _digest(
+        repr((flags, HOOKS, OWN)).encode(), *(p.read_bytes() for p in sorted([*headers, root / "csrc/kernels.def"]))
+    )
     cache.mkdir(parents=True, exist_ok=True)
     changed = {path: _edited(root / path, *edit) for path, edit in (edits or {}).items()}
     overlay = cache / f"edited-{_digest(repr(sorted(changed.items())).encode())}"
@@ -272,19 +301,16 @@ def build(
         roots = [overlay, root] if edited else [root]
         key = _digest(plain.encode(), repr(sorted(changed.items()) if edited else "").encode(), source.read_bytes())
         made = cache / f"{source.stem}-{key}.o"
-        if not made.exists():
-            place = overlay / relative if edited and relative in changed else source
-            includes = [f"-I{base / folder}" for base in roots for folder in ("tests/cuda_emulator", "csrc")]
-            _run(*flags, *includes, "-x", "c++", "-c", str(place), made=made)
+        place = overlay / relative if edited and relative in changed else source
+        includes = [f"-I{base / folder}" for base in roots for folder in ("tests/cuda_emulator", "csrc")]
+        extra = () if sanitize else HOOKS if source.suffix == ".cu" else OWN
+        _make(made, *flags, *extra, *includes, "-x", "c++", "-c", str(place))
         return made
 
-    # One process builds while others that want the same wait for it.
-    with (cache / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
-        library = cache / f"emulator-{_digest(*(p.name.encode() for p in objects))}.so"
-        if not library.exists():
-            _run(*flags, "-shared", *map(str, objects), made=library)
+    library = cache / f"emulator-{_digest(*(p.name.encode() for p in objects))}.so"
+    _make(library, *flags, "-shared", *map(str, objects))
     return library
 
 
@@ -299,6 +325,14 @@ def _edited(path: Path, *texts: str) -> str:
             raise ValueError(f"{path.name}: {text!r} is there {source.count(text)} times, expected once")
         source = source.replace(text, replacement)
     return source
+
+
+def _make(made: Path, *command: str) -> None:
+    """Runs the command for a file that is not there. One process does while others that want the same file wait for it."""
+    with made.with_suffix(f"{made.suffix}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            _run(*command, made=made)
 
 
 def _run(*command: str, made: Path) -> None:
