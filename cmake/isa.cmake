@@ -1,7 +1,7 @@
 # One object library for each ISA, all from the same sources but for avx512_bf16, which has what its few kernels need.
 #
-#   FASTCONV_ISAS  those to build; scalar is always among them, and avx512 where avx512_bf16 is. Fewer than all are for the sanitizers, whose build takes minutes for
-#                  each, and not for a package.
+#   FASTCONV_ISAS  those to build; scalar is always among them, and avx512 where avx512_bf16 is. Fewer than all are for the
+#                  sanitizers, whose build takes minutes for each, and not for a package.
 
 function(fastconv_add_isa target flags)
   add_library(fastconv_cpu_${target} OBJECT ${ARGN})
