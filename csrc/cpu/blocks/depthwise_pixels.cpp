@@ -1,6 +1,7 @@
 // Depthwise forward in NHWC on pixels where they lie: 3x3 filters with stride 1 or 2, and 5x5 with stride 2. (5x5 with stride 1
 // is 1.2 times as fast from lines: its weights do not fit in the registers, and lines serve all rows of a tile.) Also 1x1, which
-// is a factor and a summand for each channel.
+// is a factor and a summand for each channel, and what the input gradient of stride 2 is made of: filters of one to three rows
+// and columns.
 //
 // The lines of depthwise_channels.cpp are a copy of x, which is a third to a half of a small filter's time. Here a tile reads the
 // pixels themselves, and every vector of channels takes its turn on one tile of pixels before the next tile: the window of 14
@@ -64,9 +65,9 @@ FC_INLINE void finish_pixels(const PixelTile<T>& a, vec<T> (&sum)[kPixels], int6
 }
 
 // Pixels whose windows lie inside from left to right. kWhole: from top to bottom, too.
-template <class T, int kPixels, int kR, int kStride, bool kWhole>
+template <class T, int kPixels, int kR, int kS, int kStride, bool kWhole>
 void multiply_pixels(const PixelTile<T>& a) {
-  constexpr int kL = kLanes<T>, kColumns = (kPixels - 1) * kStride + kR;
+  constexpr int kL = kLanes<T>, kColumns = (kPixels - 1) * kStride + kS;
   const int64_t vectors = a.vectors, rows = kWhole ? kR : a.rows, x_row = a.x_row, x_pixel = a.x_pixel;
   const T* x = a.x;
   const T* w = a.w;
@@ -77,9 +78,9 @@ void multiply_pixels(const PixelTile<T>& a) {
     for (int i = 0; i < kPixels; ++i) sum[i] = bias;
     const auto row = [&](int64_t r) __attribute__((always_inline)) {
       const T* line = x + r * x_row;
-      vec<T> weight[kR];
+      vec<T> weight[kS];
 #pragma GCC unroll 8
-      for (int s = 0; s < kR; ++s) weight[s] = load(w + (r * kR + s) * kL);
+      for (int s = 0; s < kS; ++s) weight[s] = load(w + (r * kS + s) * kL);
 #pragma GCC unroll 64
       for (int column = 0; column < kColumns; ++column, line += x_pixel) {
         vec<T> value = load(line);
@@ -89,7 +90,7 @@ void multiply_pixels(const PixelTile<T>& a) {
 #pragma GCC unroll 16
         for (int i = 0; i < kPixels; ++i) {
           const int s = column - i * kStride;
-          if (s >= 0 && s < kR) sum[i] = fma(value, weight[s], sum[i]);
+          if (s >= 0 && s < kS) sum[i] = fma(value, weight[s], sum[i]);
         }
       }
     };
@@ -121,11 +122,25 @@ __attribute__((noinline)) void multiply_edge(const PixelTile<T>& a) {
 template <class T>
 using TileFunction = void (*)(const PixelTile<T>&);
 
+// Filters of which there are tiles.
+FC_INLINE bool has_tile(const Conv2dProblem& a) {
+  if (a.stride_h != a.stride_w) return false;
+  if (a.stride_w == 2) return a.R == a.S && (a.R == 3 || a.R == 5);
+  return a.stride_w == 1 && a.R >= 1 && a.R <= 3 && a.S >= 1 && a.S <= 3;
+}
+
+template <class T, int kPixels, bool kWhole, int kS>
+TileFunction<T> choose_rows(int64_t R) {
+  if (R == 1) return multiply_pixels<T, kPixels, 1, kS, 1, kWhole>;
+  return R == 2 ? multiply_pixels<T, kPixels, 2, kS, 1, kWhole> : multiply_pixels<T, kPixels, 3, kS, 1, kWhole>;
+}
+
 template <class T, int kPixels, bool kWhole>
 TileFunction<T> choose_tile(const Conv2dProblem& a) {
-  if (a.R == 1) return multiply_pixels<T, kPixels, 1, 1, kWhole>;
-  if (a.R == 5) return multiply_pixels<T, kPixels, 5, 2, kWhole>;
-  return a.stride_w == 1 ? multiply_pixels<T, kPixels, 3, 1, kWhole> : multiply_pixels<T, kPixels, 3, 2, kWhole>;
+  if (a.stride_w == 2)
+    return a.R == 5 ? multiply_pixels<T, kPixels, 5, 5, 2, kWhole> : multiply_pixels<T, kPixels, 3, 3, 2, kWhole>;
+  if (a.S == 1) return choose_rows<T, kPixels, kWhole, 1>(a.R);
+  return a.S == 2 ? choose_rows<T, kPixels, kWhole, 2>(a.R) : choose_rows<T, kPixels, kWhole, 3>(a.R);
 }
 
 template <class T, bool kWhole>
@@ -164,11 +179,9 @@ template <class T>
 bool depthwise_in_place(const Conv2dProblem& a) {
   if (kVectorRegisters < 32 || !depthwise_over_channels(a)) return false;
   if (a.C != a.groups || a.K != a.C || a.C % kLanes<T> != 0) return false;
-  if (a.R != a.S || a.stride_h != a.stride_w || a.stride_w > 2) return false;
-  if (a.R == 1 ? a.stride_w > 1 : a.R != 3 && !(a.R == 5 && a.stride_w == 2)) return false;
-  if (a.dilation_h * a.dilation_w != 1 || a.pad_left < 0 || a.W < a.S) return false;
+  if (!has_tile(a) || a.dilation_h * a.dilation_w != 1 || a.pad_left < 0 || a.W < a.S) return false;
   // Pixels whose distance is a multiple of 1024 bytes meet in four sets of an L1 of 64, which hold 32 of the window's 48 lines.
-  if (a.R > 1 && a.x.w * int64_t(sizeof(T)) % 1024 == 0) return false;
+  if (a.R * a.S > 1 && a.x.w * int64_t(sizeof(T)) % 1024 == 0) return false;
   const Range inner = inner_columns(a);
   return tile_pixels(inner.end - inner.begin) > 0 && 2 * (inner.end - inner.begin) > a.Q;
 }
