@@ -160,12 +160,13 @@ def test_what_is_left_to_the_convolutions_one_by_one(taken: list[bool]) -> None:
 
 
 def test_a_gradient_is_recorded(taken: list[bool]) -> None:
-    block = Block(add=True).eval()
+    # In float64: a number that another rounding takes over the edge of relu6 has another gradient.
+    block = Block(add=True).eval().double()
     model = fastconv.fuse(block)
-    x = images(1, rows_beyond_l2(16, 40), 40).requires_grad_()
+    x = images(1, rows_beyond_l2(16, 40, 8), 40, torch.float64).requires_grad_()
     (dx,) = torch.autograd.grad(model(x).sum(), x)
     (expected,) = torch.autograd.grad(block(x).sum(), x)
-    torch.testing.assert_close(dx, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dx, expected)
     assert not any(taken)
 
 

@@ -21,6 +21,7 @@ using layer_norm_bwd_problem = NormProblem;
 
 namespace sm80 {
 #define FC_DECLARE_CPU(op, algorithm, dtype)
+#define FC_DECLARE_AVX512_BF16(op, algorithm, dtype)
 #define FC_DECLARE_SM80(op, algorithm, dtype) extern const Kernel<op##_problem> op##_##algorithm##_##dtype;
 #define FC_KERNEL(op, algorithm, dtype, targets) FC_DECLARE_##targets(op, algorithm, dtype)
 #include "kernels.def"
@@ -59,6 +60,7 @@ Row row(const char* name, const Kernel<Problem>& kernel) {
 
 const Row kRows[] = {
 #define FC_LIST_CPU(op, algorithm, dtype)
+#define FC_LIST_AVX512_BF16(op, algorithm, dtype)
 #define FC_LIST_SM80(op, algorithm, dtype) row(#op "." #algorithm "." #dtype ".sm80", sm80::op##_##algorithm##_##dtype),
 #define FC_KERNEL(op, algorithm, dtype, targets) FC_LIST_##targets(op, algorithm, dtype)
 #include "kernels.def"
