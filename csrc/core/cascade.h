@@ -8,9 +8,9 @@
 
 namespace fastconv {
 
-// Pointwise and depthwise convolutions of channels-last images, each of the one before's result, that run on one band of rows after
-// the other: what lies between them stays in the L2 and is never whole. The rows that two bands share are kept, so nothing is
-// computed twice (Alwani, Chen, Ferdman, Milder, "Fused-Layer CNN Accelerators", 2016).
+// Pointwise and depthwise convolutions of channels-last images, each of the one before's result, that run on one band of rows
+// after the other: what lies between them stays in the L2 and is never whole. The rows that two bands share are kept, so nothing
+// is computed twice (Alwani, Chen, Ferdman, Milder, "Fused-Layer CNN Accelerators", 2016).
 //
 // The kernels are those of the whole images, and the bits too: they depend on no other rows.
 class Cascade {
