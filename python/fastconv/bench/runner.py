@@ -205,19 +205,13 @@ def _check_first(case: Case, entry: _Entry) -> bool:
 
 
 def error_of(result: Tensor, truth: Tensor) -> Record:
-    """Relative L2 error, and the largest error in units of the truth's root mean square.
-
-    Of halves, the largest beyond what storing rounds: a causal query that sees one key has a result twenty times as large as one
-    that sees a thousand, and half of its last place is more than every other error.
-    """
+    """Relative L2 error, and the largest error in units of the truth's root mean square."""
     if result.shape != truth.shape:
         raise ValueError(f"the result has shape {tuple(result.shape)}, expected {tuple(truth.shape)}")
     difference = result.double() - truth
     scale = float(truth.norm()) or 1.0
     root_mean_square = scale / math.sqrt(max(1, truth.numel()))
-    stored = torch.finfo(result.dtype).eps / 2 * truth.abs() if result.dtype in (torch.bfloat16, torch.float16) else 0.0
-    largest = float((difference.abs() - stored).clamp(min=0).max())
-    return {"rel_l2": float(difference.norm()) / scale, "max": largest / root_mean_square}
+    return {"rel_l2": float(difference.norm()) / scale, "max": float(difference.abs().max()) / root_mean_square}
 
 
 def _bound_errors(case: Case, records: Sequence[Record]) -> None:
@@ -233,10 +227,23 @@ def _bound_errors(case: Case, records: Sequence[Record]) -> None:
             bound *= max((1.0, *(growth.get(name, 1.0) for name in record["kernel"].split(" + "))))
             error["ratio_to_torch"] = error["rel_l2"] / peer if peer > 0 else None
         error["bound"] = bound
-        if not (error["rel_l2"] <= bound and error["max"] <= case.max_over_l2 * bound):
+        # Numbers of very different sizes: a causal query that sees one key has a result twenty times as large as one that sees a
+        # thousand, and half of its last place in bf16 is more than every other error. Torch's result has it too.
+        largest = max(case.max_over_l2 * bound, 2 * max(_largest_torch_errors(record, records), default=0.0))
+        if not (error["rel_l2"] <= bound and error["max"] <= largest):
             _fail(record, "void", f"wrong result: relative L2 error {error['rel_l2']:.1e}, allowed {bound:.1e}")
         # JSON has no NaN.
         record["error"] = {key: v if v is None or math.isfinite(v) else None for key, v in error.items()}
+
+
+def _largest_torch_errors(record: Record, records: Sequence[Record]) -> list[float]:
+    return [
+        float(other["error"]["max"])
+        for other in records
+        if other["who"] in EAGER
+        and other["threads"] == record["threads"]
+        and other.get("error", {}).get("max") is not None
+    ]
 
 
 def _torch_errors(record: Record, records: Sequence[Record]) -> dict[str, float]:
