@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/dtype_size.h"
 #include "core/huge_pages.h"
 #include "core/parallel.h"
 
@@ -20,7 +21,6 @@ constexpr int64_t kLine = 64;
 // Where a plan is asked for: all rows are there.
 constexpr int32_t kNothing = -1;
 
-int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 bool same(const Stride4& a, const Stride4& b) { return a.n == b.n && a.c == b.c && a.h == b.h && a.w == b.w; }

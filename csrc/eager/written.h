@@ -4,6 +4,7 @@
 #include <array>
 #include <string_view>
 
+#include "core/dtype_size.h"
 #include "core/problem.h"
 
 namespace fastconv {
@@ -14,8 +15,6 @@ struct Written {
   int64_t bytes = 0;
 };
 using AllWritten = std::array<Written, 3>;
-
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 inline AllWritten written(std::string_view op, const Conv2dProblem& p) {
   const int64_t size = size_of(p.dtype);
