@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from fastconv import _native, plan
 from fastconv.fusion.frozen import FrozenConv2d
+from fastconv.fusion.walking import between, only_user
 from fastconv.ops._conv2d_kernels import Geometry, fwd_recipe
 from fastconv.ops._dispatch import DTYPES, KERNEL, empty_strided, usual
 
@@ -82,7 +83,7 @@ class FrozenCascade(Module):
         self._described = tuple(_described(layer) for layer in layers)
         self._channels = layers[0].weight.shape[1] * layers[0].groups
         self._dtype = layers[0].weight.dtype
-        self._declined: set[tuple[plan.Shape, plan.Shape]] = set()
+        self._declined: set[tuple[plan.Shape, plan.Shape, tuple[plan.Shape, plan.Shape] | None]] = set()
         self.eval()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -113,27 +114,19 @@ class FrozenCascade(Module):
         if usual(input, input, residual) is not KERNEL or plan._observers or _forced():
             return None
         shape, strides, dtype = input.shape, input.stride(), input.dtype
+        added = None if residual is None else (tuple(residual.shape), residual.stride())
         # Most images are small enough to be declined, and the long key below takes as long as two convolutions' calls.
-        if (shape, strides) in self._declined:
+        if (shape, strides, added) in self._declined:
             return None
-        if (
-            len(shape) != 4
-            or shape[1] != self._channels
-            or 0 in shape
-            or dtype is not self._dtype
-            or dtype not in DTYPES
-        ):
+        if len(shape) != 4 or shape[1] != self._channels or 0 in shape or dtype not in DTYPES:
             return None
-        added = None
-        if residual is not None:
-            if residual.dtype is not dtype:
-                return None
-            added = tuple(residual.shape), residual.stride()
+        if dtype is not self._dtype or (residual is not None and residual.dtype is not dtype):
+            return None
         recipe = _recipe(shape, strides, dtype, added, self._described, _get_threads(), plan.strict)
         if recipe is None:
             if len(self._declined) >= plan.CACHE_SIZE:
                 self._declined.clear()
-            self._declined.add((shape, strides))
+            self._declined.add((shape, strides, added))
         return recipe
 
     def extra_repr(self) -> str:
@@ -156,10 +149,10 @@ def find(
         node: Node | None = first
         while node is not None and node not in taken and _continues(cascade, node, module_of):
             cascade.append(node)
-            node = next(iter(node.users)) if len(node.users) == 1 and len(node.args) == 1 else None
+            node = only_user(node) if len(node.args) == 1 else None
         if len(cascade) < 2 or not any(_has_taps(module_of(node)) for node in cascade):
             continue
-        if any(writes(node) for node in _between(cascade[0], cascade[-1]) if node not in cascade):
+        if any(writes(node) for node in between(cascade[0], cascade[-1]) if node not in cascade):
             continue
         taken.update(cascade)
         yield cascade
@@ -182,10 +175,3 @@ def _continues(cascade: list[Node], node: Node, module_of: Callable[[Node], Modu
 
 def _has_taps(layer: Module | None) -> bool:
     return isinstance(layer, FrozenConv2d) and layer.groups > 1
-
-
-def _between(first: Node, last: Node) -> Iterator[Node]:
-    node = first
-    while node is not last:
-        node = node.next
-        yield node

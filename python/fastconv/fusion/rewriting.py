@@ -23,6 +23,7 @@ from fastconv.fusion import cascade, growing
 from fastconv.fusion.cascade import FrozenCascade
 from fastconv.fusion.frozen import FrozenConv2d, FrozenLinear, FrozenNorm
 from fastconv.fusion.report import Report
+from fastconv.fusion.walking import after, between, only_user
 
 _DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 # What can be frozen, and what it becomes.
@@ -81,6 +82,7 @@ class _Rewriting:
         self.modules: dict[str, Module] = dict(root.named_modules(remove_duplicate=False))
         self.frozen: dict[str, FrozenConv2d | FrozenLinear | FrozenNorm | FrozenCascade] = {}
         self.names: dict[tuple[Any, ...], str] = {}
+        self.origins: dict[str, str] = {}  # by such a name, what the model calls the layer
 
     def run(self) -> GraphModule:
         for node in list(self.graph.nodes):
@@ -174,7 +176,7 @@ class _Rewriting:
     def _take_norm(self, chain: _Chain) -> None:
         if not isinstance(chain.layer, torch.nn.Conv2d):
             return  # behind a linear layer, BatchNorm1d means other channels for every rank of its input
-        user = _only_user(chain.last)
+        user = only_user(chain.last)
         module = None if user is None else self._module(user)
         if user is None or not isinstance(module, torch.nn.BatchNorm2d) or special(module) or why_not_folded(module):
             return
@@ -184,7 +186,7 @@ class _Rewriting:
         chain.nodes.append(user)
 
     def _take_addition(self, chain: _Chain) -> None:
-        add = _only_user(chain.last)
+        add = only_user(chain.last)
         if add is None or add.target not in _ADDITIONS or add.kwargs or len(add.args) != 2:
             return
         first, second = add.args
@@ -195,14 +197,13 @@ class _Rewriting:
             return  # others see what is written into it
         if self._ends_later_chain(other, chain.last):
             return  # that one takes the addition: the result of this one is there by then
-        between = _between(chain.nodes[0], add)
-        if any(self._writes(node) for node in between if node not in chain.nodes):
+        if any(self._writes(node) for node in between(chain.nodes[0], add) if node not in chain.nodes):
             return  # the input or the other summand may be something else by then
         chain.residual = other
         chain.nodes.append(add)
 
     def _take_activation(self, chain: _Chain) -> None:
-        user = _only_user(chain.last)
+        user = only_user(chain.last)
         name = None if user is None else self._activation(user)
         if user is not None and name is not None:
             chain.activation = name
@@ -217,17 +218,17 @@ class _Rewriting:
     def _is_fresh(self, node: Node) -> bool:
         """Whether nothing but its one user sees the memory of a node's result."""
         made_anew = torch.nn.Conv2d, torch.nn.Linear, batchnorm._BatchNorm, *_FROZEN
-        return isinstance(self._module(node), made_anew) and _only_user(node) is not None
+        return isinstance(self._module(node), made_anew) and only_user(node) is not None
 
     def _ends_later_chain(self, node: Node, than: Node) -> bool:
         """Whether a layer that runs after ``than`` could add something to its result, ``node``."""
         layer = node
         if isinstance(self._module(node), torch.nn.BatchNorm2d) and node.all_input_nodes:
             layer = node.all_input_nodes[0]
-        if not isinstance(self._module(layer), LAYERS) or self._why_not(layer) or layer not in _after(than):
+        if not isinstance(self._module(layer), LAYERS) or self._why_not(layer) or layer not in after(than):
             return False
         reached = self._chain_before_addition(layer)
-        return reached is node and _only_user(node) is not None
+        return reached is node and only_user(node) is not None
 
     def _chain_before_addition(self, layer: Node) -> Node | None:
         module = self._module(layer)
@@ -252,7 +253,7 @@ class _Rewriting:
 
     def _join_norm(self, node: Node) -> None:
         """Makes a norm that no convolution took, and the activation behind it, one call."""
-        module, user = self._module(node), _only_user(node)
+        module, user = self._module(node), only_user(node)
         name = None if user is None else self._activation(user)
         if user is None or name is None or len(node.args) != 1 or node.kwargs:
             return
@@ -330,14 +331,14 @@ class _Rewriting:
         """Makes calls of frozen convolutions one call, which takes them band by band."""
         key = tuple(str(node.target) for node in calls)
         if key not in self.names:
-            self.names[key] = self._new_name(key[0])
+            self.names[key] = self._new_name(self.origins[key[0]])
             self.frozen[self.names[key]] = FrozenCascade([cast(FrozenConv2d, self._module(node)) for node in calls])
         with self.graph.inserting_before(calls[-1]):
             call = self.graph.call_module(self.names[key], (calls[0].args[0], *calls[-1].args[1:]))
         calls[-1].replace_all_uses_with(call)
         for node in reversed(calls):
             self.graph.erase_node(node)
-        self.report.cascades.append(f"{self.prefix}{key[0]}")
+        self.report.cascades.append(self.prefix + self.origins[key[0]])
 
     # ---- Results ----------------------------------------------------------------------------------------------------------
 
@@ -356,7 +357,9 @@ class _Rewriting:
 
     def _new_name(self, target: str) -> str:
         # Flat: every dot is a lookup that misses first, in each call of the model.
-        return f"frozen_{len(self.names)}_{target.replace('.', '_')}"
+        name = f"frozen_{len(self.names)}_{target.replace('.', '_')}"
+        self.origins[name] = target
+        return name
 
     def _count(self, chain: _Chain) -> None:
         name = self.prefix + str(chain.nodes[0].target)
@@ -389,20 +392,3 @@ _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", 
 def special(module: Module) -> bool:
     """Whether calling a layer is more than the layer."""
     return hooked(module) or "forward" in vars(module) or parametrize.is_parametrized(module)
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _after(node: Node) -> Iterator[Node]:
-    while node.next.op != "root":
-        node = node.next
-        yield node
-
-
-def _between(first: Node, last: Node) -> Iterator[Node]:
-    for node in _after(first):
-        if node is last:
-            return
-        yield node
