@@ -2,7 +2,7 @@
 // pieces.
 #pragma once
 
-#include "cpu/blocks/conv2d_geometry.h"
+#include "cpu/blocks/depthwise.h"
 #include "cpu/blocks/split.h"
 
 namespace fastconv::FASTCONV_TARGET {
@@ -68,11 +68,64 @@ FC_INLINE EvenSplit row_pieces(int64_t rows, int64_t rows_at_a_time, int64_t blo
   return EvenSplit(rows, (rows + pieces - 1) / pieces);
 }
 
+// Adds n values, a multiple of the lanes, to `to` and clears them.
+template <class T>
+FC_INLINE void move_sums(T* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    store(to + i, load(to + i) + load(from + i));
+    store(from + i, zero<T>());
+  }
+}
+
+// dw and the bias gradient of vector v of channels, from sums [input][R][S][lane] and, behind them, [lane] of the bias.
+template <class T>
+void write_channel_gradient(const Conv2dProblem& a, const Conv2dArgs& args, int64_t v, const T* sums) {
+  constexpr int kL = kLanes<T>;
+  const int64_t filters = a.K / a.groups, inputs = a.C / a.groups;
+  const int lanes = int(clamp(a.K - v * kL, 0, kL));
+  T* to[kL];
+  for (int i = 0; i < lanes; ++i) {
+    const int64_t k = v * kL + i, g = filters == 1 ? k : k / filters;
+    to[i] = static_cast<T*>(args.w) + g * a.w.g + (k - g * filters) * a.w.k;
+  }
+  const bool dense = a.w.s == 1 && a.w.r == a.S && kL >= 8;
+  for (int64_t c = 0; c < inputs && dense; ++c) {
+    for (int64_t t = 0; t < a.R * a.S; t += kL) {  // a filter's taps are neighbours
+      const int count = int(clamp(a.R * a.S - t, 0, kL));
+      vec<T> rows[kL];
+#pragma GCC unroll 16
+      for (int i = 0; i < kL; ++i) rows[i] = i < count ? load(sums + i * kL) : zero<T>();
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kL; ++i) {
+        if (i < lanes) store(to[i] + c * a.w.c + t, rows[i], count);
+      }
+      sums += count * kL;
+    }
+  }
+  for (int64_t c = 0; c < inputs && !dense; ++c) {
+    for (int64_t r = 0; r < a.R; ++r) {
+      for (int64_t s = 0; s < a.S; ++s, sums += kL) {
+        const int64_t offset = c * a.w.c + r * a.w.r + s * a.w.s;
+        for (int i = 0; i < lanes; ++i) to[i][offset] = sums[i];
+      }
+    }
+  }
+  if (a.epilogue.bias) store(static_cast<T*>(args.bias) + v * kL, load(sums), lanes);
+}
+
 // Vectors over channels (NHWC), any number of channels in a group.
 template <class T>
 void depthwise_wgrad_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
 template <class T>
 int64_t depthwise_wgrad_channels_workspace(const Conv2dProblem& a, const Machine& machine);
+// The same on pixels where they lie: small depthwise filters.
+template <class T>
+bool depthwise_wgrad_in_place(const Conv2dProblem& a);
+template <class T>
+void depthwise_wgrad_pixels_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
+template <class T>
+int64_t depthwise_wgrad_pixels_workspace(const Conv2dProblem& a, const Machine& machine);
 // The same for NCHW planes.
 template <class T>
 void depthwise_wgrad_planes_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context);
@@ -88,6 +141,12 @@ extern template void depthwise_wgrad_channels_run<float>(const Conv2dProblem&, c
 extern template void depthwise_wgrad_channels_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 extern template int64_t depthwise_wgrad_channels_workspace<float>(const Conv2dProblem&, const Machine&);
 extern template int64_t depthwise_wgrad_channels_workspace<double>(const Conv2dProblem&, const Machine&);
+extern template bool depthwise_wgrad_in_place<float>(const Conv2dProblem&);
+extern template bool depthwise_wgrad_in_place<double>(const Conv2dProblem&);
+extern template void depthwise_wgrad_pixels_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template void depthwise_wgrad_pixels_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
+extern template int64_t depthwise_wgrad_pixels_workspace<float>(const Conv2dProblem&, const Machine&);
+extern template int64_t depthwise_wgrad_pixels_workspace<double>(const Conv2dProblem&, const Machine&);
 extern template void depthwise_wgrad_planes_run<float>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 extern template void depthwise_wgrad_planes_run<double>(const Conv2dProblem&, const Conv2dArgs&, const Context&);
 extern template int64_t depthwise_wgrad_planes_workspace<float>(const Conv2dProblem&, const Machine&);

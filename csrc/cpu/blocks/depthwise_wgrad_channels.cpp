@@ -128,15 +128,6 @@ RowFunction<T> choose_row(const Conv2dProblem& a) {
                                          : multiply;
 }
 
-// Adds n values, a multiple of the lanes, to `to` and clears them.
-template <class T>
-FC_INLINE void move_sums(T* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    store(to + i, load(to + i) + load(from + i));
-    store(from + i, zero<T>());
-  }
-}
-
 // What one thread works in.
 template <class T>
 struct Scratch {
@@ -223,48 +214,12 @@ void sum_piece(const Conv2dProblem& a, const Conv2dArgs& args, const Layout<T>& 
   }
 }
 
-// dw and the bias gradient of one vector of channels.
-template <class T>
-void write_gradient(const Conv2dProblem& a, const Conv2dArgs& args, int64_t v, const T* sums) {
-  constexpr int kL = kLanes<T>;
-  const int64_t filters = a.K / a.groups, inputs = a.C / a.groups;
-  const int lanes = int(clamp(a.K - v * kL, 0, kL));
-  T* to[kL];
-  for (int i = 0; i < lanes; ++i) {
-    const int64_t k = v * kL + i, g = filters == 1 ? k : k / filters;
-    to[i] = static_cast<T*>(args.w) + g * a.w.g + (k - g * filters) * a.w.k;
-  }
-  const bool dense = a.w.s == 1 && a.w.r == a.S && kL >= 8;
-  for (int64_t c = 0; c < inputs && dense; ++c) {
-    for (int64_t t = 0; t < a.R * a.S; t += kL) {  // a filter's taps are neighbours
-      const int count = int(clamp(a.R * a.S - t, 0, kL));
-      vec<T> rows[kL];
-#pragma GCC unroll 16
-      for (int i = 0; i < kL; ++i) rows[i] = i < count ? load(sums + i * kL) : zero<T>();
-      transpose(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < kL; ++i) {
-        if (i < lanes) store(to[i] + c * a.w.c + t, rows[i], count);
-      }
-      sums += count * kL;
-    }
-  }
-  for (int64_t c = 0; c < inputs && !dense; ++c) {
-    for (int64_t r = 0; r < a.R; ++r) {
-      for (int64_t s = 0; s < a.S; ++s, sums += kL) {
-        const int64_t offset = c * a.w.c + r * a.w.r + s * a.w.s;
-        for (int i = 0; i < lanes; ++i) to[i][offset] = sums[i];
-      }
-    }
-  }
-  if (a.epilogue.bias) store(static_cast<T*>(args.bias) + v * kL, load(sums), lanes);
-}
-
 }  // namespace
 
 // --- run: one task is one block of channels and one piece of the rows.
 template <class T>
 void depthwise_wgrad_channels_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  if (depthwise_wgrad_in_place<T>(a)) return depthwise_wgrad_pixels_run<T>(a, args, context);
   const Layout<T> layout(a);
   const ChannelBlocks<T>& blocks = layout.blocks;
   const RowFunction<T> multiply = choose_row<T>(a);
@@ -282,7 +237,7 @@ void depthwise_wgrad_channels_run(const Conv2dProblem& a, const Conv2dArgs& args
       for (int64_t v = 0; v < blocks.of_vectors.size(block); ++v) {
         T* sums = scratch.piece_sums + v * layout.sums;
         if (pieces == 1) {
-          write_gradient(a, args, v0 + v, sums);
+          write_channel_gradient(a, args, v0 + v, sums);
         } else {
           T* to = partials + piece * layout.partial + (v0 + v) * layout.sums;
           for (int64_t i = 0; i < layout.sums; i += kLanes<T>) store(to + i, load(sums + i));
@@ -296,13 +251,14 @@ void depthwise_wgrad_channels_run(const Conv2dProblem& a, const Conv2dArgs& args
       T* sums = partials + v * layout.sums;
       for (int64_t piece = 1; piece < pieces; ++piece)
         move_sums(partials + piece * layout.partial + v * layout.sums, sums, layout.sums);
-      write_gradient(a, args, v, sums);
+      write_channel_gradient(a, args, v, sums);
     }
   });
 }
 
 template <class T>
 int64_t depthwise_wgrad_channels_workspace(const Conv2dProblem& a, const Machine& machine) {
+  if (depthwise_wgrad_in_place<T>(a)) return depthwise_wgrad_pixels_workspace<T>(a, machine);
   const Layout<T> layout(a);
   return layout.partial_bytes() + machine.threads * layout.per_thread;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from fastconv._fused import frozen_conv2d
 from fastconv.bench.cases import MEMORY_FORMATS, Call, Layer, gradient_call
 from fastconv.bench.shapes import ConvTransposeShape
 from fastconv.ops._packed import PackedFilters
+from fastconv.ops.conv2d import conv2d
 from fastconv.testing.problems import ConvCase
 
 # Work spent on one float64 truth: at the 20 to 40 GFLOP/s of torch's float64 convolution, a tenth to a fifth of a
@@ -23,7 +25,20 @@ _VERIFIED_FLOPS = 4e9
 
 
 @dataclass
-class Conv(Layer):
+class _Weighted(Layer):
+    """A layer of an image and filters, whose gradients are taken one at a time."""
+
+    def _pass(self, forward: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, dy: Tensor) -> Call:
+        """What the direction asks of a forward pass: itself, or a gradient as autograd gets it."""
+        if self.direction == "dgrad":
+            return gradient_call(lambda t: forward(t, w), x, dy)
+        if self.direction == "wgrad":
+            return gradient_call(lambda t: forward(x, t), w, dy)
+        return lambda: forward(x, w)
+
+
+@dataclass
+class Conv(_Weighted):
     problem: ConvCase = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -77,21 +92,16 @@ class Conv(Layer):
 
     def fastconv_call(self, layout: str) -> Call:
         p, (x, w, dy, bias) = self.problem, self._inputs(layout)
-        ops, channels_last, geometry = torch.ops.fastconv, layout == "nhwc", (*self._geometry, p.groups)
         if self.frozen:
             kept, frozen = PackedFilters(), (p.stride, p.pad4, p.dilation, p.groups)
             return lambda: frozen_conv2d(x, w, bias, kept, frozen)
-        if self.direction == "dgrad":
-            return lambda: ops.conv2d_dgrad(dy, w, None, x.shape, channels_last, *geometry)
-        if self.direction == "wgrad":
-            return lambda: ops.conv2d_wgrad(dy, x, w.shape, channels_last, False, *geometry)[0]
-        if not self._symmetric:
-            return lambda: ops.conv2d_fwd(x, w, bias, None, *geometry, "none")
-        return super().fastconv_call(layout)
+        if self._symmetric:
+            return super().fastconv_call(layout)
+        return self._pass(lambda x, w: conv2d(x, w, bias, p.stride, p.pad4, p.dilation, p.groups), x, w, dy)
 
     def _call(self, functional: Any, x: Tensor, w: Tensor, dy: Tensor, bias: Tensor | None) -> Call:
-        """Either library's public forward, and torch's gradients. torch has no four-sided padding: it pads a copy."""
-        p, dgrad = self.problem, self.direction == "dgrad"
+        """Either library's public function. torch has no four-sided padding: it pads a copy."""
+        p = self.problem
         padding = p.pad4[::2] if self._symmetric else (0, 0)
         top, bottom, left, right = p.pad4
 
@@ -100,18 +110,7 @@ class Conv(Layer):
             y: Tensor = functional.conv2d(x, w, bias, p.stride, padding, p.dilation, p.groups)
             return y
 
-        if self.direction == "fwd":
-            return lambda: forward(x, w)
-        if not self._symmetric:
-            return (
-                gradient_call(lambda t: forward(t, w), x, dy)
-                if dgrad
-                else gradient_call(lambda t: forward(x, t), w, dy)
-            )
-        backward, stride, dilation = torch.ops.aten.convolution_backward, self._geometry[0], self._geometry[2]
-        rest = (stride, list(padding), dilation, False, [0, 0], p.groups, [dgrad, not dgrad, False])
-        which = 0 if dgrad else 1
-        return lambda: backward(dy, x, w, None, *rest)[which]
+        return self._pass(forward, x, w, dy)
 
     @cached_property
     def _part(self) -> list[int]:
@@ -138,7 +137,7 @@ class Conv(Layer):
 
 
 @dataclass
-class ConvTranspose(Layer):
+class ConvTranspose(_Weighted):
     """A transposed convolution runs as the input gradient of the convolution with its weight, and that is its kernels' op."""
 
     problem: ConvTransposeShape = field(kw_only=True)
@@ -193,12 +192,7 @@ class ConvTranspose(Layer):
             )
             return y
 
-        if self.direction == "dgrad":
-            return gradient_call(lambda t: forward(t, w), x, dy)
-        if self.direction == "wgrad":
-            return gradient_call(lambda t: forward(x, t), w, dy)
-        return lambda: forward(x, w)
-
+        return self._pass(forward, x, w, dy)
     @cached_property
     def truth(self) -> Tensor:
         x, w, dy = (t.double() for t in self._tensors)

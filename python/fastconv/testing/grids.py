@@ -145,6 +145,11 @@ def _conv_groups() -> Iterator[ConvCase]:
         yield ConvCase(1, 32, 7, 29, 32, 3, 3, stride=(2, 2), pad4=(1, 0, 0, 1), groups=32, layout=layout)
         yield ConvCase(1, 16, 3, 20, 16, 3, 3, pad4=(2, 2, 2, 3), groups=16, layout=layout)
         yield ConvCase(1, 16, 9, 31, 16, 5, 5, stride=(2, 2), pad4=(2, 2, 2, 2), groups=16, layout=layout)
+        # Filter gradients of them: several runs of a row, an odd last row, sums and pieces that end inside a sample, no padding.
+        yield ConvCase(2, 32, 21, 61, 32, 3, 3, pad4=same, groups=32, layout=layout, bias=True)
+        yield ConvCase(1, 16, 6, 117, 16, 3, 3, stride=(2, 2), pad4=(2, 0, 1, 1), groups=16, layout=layout)
+        yield ConvCase(1, 32, 1, 1, 32, 3, 3, pad4=same, groups=32, layout=layout)
+        yield ConvCase(1, 16, 5, 8, 16, 3, 3, groups=16, layout=layout)
         yield ConvCase(2, 48, 3, 9, 48, 1, 1, groups=48, layout=layout)
         yield ConvCase(1, 6, 7, 8, 18, 3, 3, pad4=same, groups=6, layout=layout)
         yield ConvCase(1, 17, 7, 8, 34, 5, 3, stride=(2, 1), pad4=(2, 2, 1, 1), groups=17, layout=layout)
