@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -193,6 +192,7 @@ class ConvTranspose(_Weighted):
             return y
 
         return self._pass(forward, x, w, dy)
+
     @cached_property
     def truth(self) -> Tensor:
         x, w, dy = (t.double() for t in self._tensors)
