@@ -1,6 +1,7 @@
 #include "cpu/blocks/winograd.h"
 
 #include "cpu/blocks/activation.h"
+#include "cpu/blocks/ahead.h"
 #include "cpu/blocks/conv2d_geometry.h"
 #include "cpu/blocks/filter_panel.h"
 #include "cpu/blocks/gemm_tile.h"
@@ -143,6 +144,7 @@ void multiply(const Blocking<T, F>& blocking, const T* v, const T* u, int64_t ch
   const EvenSplit rows(tiles, GemmTile::rows(int(blocking.vectors.largest())));
   const ColumnPiece piece = {0, int32_t(width), 0, 1};
   for (int64_t position = 0; position < F::kPositions; ++position) {
+    Ahead next(u + (position + 1) * blocking.u_step, channels * width);
     for (int64_t part = 0; part < rows.parts; ++part) {
       const T* a_rows[GemmTile::kMaxRows];
       T* y[GemmTile::kMaxRows];
@@ -150,7 +152,7 @@ void multiply(const Blocking<T, F>& blocking, const T* v, const T* u, int64_t ch
         a_rows[m] = v + position * blocking.v_step + (rows.begin(part) + m) * blocking.depth;
         y[m] = products + position * blocking.product_step + (rows.begin(part) + m) * width;
       }
-      const TileInput<T> in = {a_rows, 1, u + position * blocking.u_step, width, 1, channels};
+      const TileInput<T> in = {a_rows, 1, u + position * blocking.u_step, width, 1, channels, nullptr, next.take(channels)};
       const TileOutput<T> out = {y, &piece, 1, false, false, Activation::none, nullptr, nullptr, nullptr, nullptr};
       gemm_tile(int(rows.size(part)), vectors, in, out);
     }
