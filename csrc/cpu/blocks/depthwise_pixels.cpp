@@ -180,9 +180,9 @@ bool depthwise_in_place(const Conv2dProblem& a) {
   if (kVectorRegisters < 32 || !depthwise_over_channels(a)) return false;
   if (a.C != a.groups || a.K != a.C || a.C % kLanes<T> != 0) return false;
   if (!has_tile(a) || a.dilation_h * a.dilation_w != 1 || a.pad_left < 0 || a.W < a.S) return false;
-  // Pixels whose distance is a multiple of 1024 bytes meet in four sets of the L1, which does not keep the rows that a tile shares
-  // with the tile below: lines do, and are as fast or 1.2 times as fast. With stride 2, which shares one row of three, and in its
-  // phases, which are at most 2x2, pixels in place are 1.4 and 2.0 times as fast (256@28, Zen 5).
+  // Pixels whose distance is a multiple of 1024 bytes meet in four sets of the L1, which does not keep the rows that a tile
+  // shares with the tile below: lines do, and are as fast or 1.2 times as fast. With stride 2, which shares one row of three, and
+  // in its phases, which are at most 2x2, pixels in place are 1.4 and 2.0 times as fast (256@28, Zen 5).
   if (a.stride_w == 1 && a.R * a.S > 4 && a.x.w * int64_t(sizeof(T)) % 1024 == 0) return false;
   const Range inner = inner_columns(a);
   return tile_pixels(inner.end - inner.begin) > 0 && 2 * (inner.end - inner.begin) > a.Q;

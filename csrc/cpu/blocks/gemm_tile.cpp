@@ -131,8 +131,8 @@ void tile(const TileInput<T>& in, const TileOutput<T>& out) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[m][v] = zero<T>();
   }
-  // What the end of the tile reads and writes comes from L2 or further: 103 to 120 GFLOP/s in a filter gradient of 400 pixels at a
-  // time; ResNet-50, whose 64 -> 256 channels of 56x56 write 3 MB and add as much, is 1.05 times as fast.
+  // What the end of the tile reads and writes comes from L2 or further: 103 to 120 GFLOP/s in a filter gradient of 400 pixels at
+  // a time; ResNet-50, whose 64 -> 256 channels of 56x56 write 3 MB and add as much, is 1.05 times as fast.
   if (kWide || out.accumulate) {
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
