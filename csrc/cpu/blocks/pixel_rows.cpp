@@ -211,7 +211,8 @@ void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
         }
       }
       const W* w = static_cast<const W*>(args.w) + task.g * a.w.g + k * a.w.k + block.begin;
-      thin_tile<W>(rows, {scratch.pointers.rows, w, a.w.k, piece.end, block.depth}, out);
+      const ReadAhead ahead = ReadAhead::of_matrix(reduction.depth - block.begin, reduction.depth, kLanes<T>, a.w.k);
+      thin_tile<W>(rows, {scratch.pointers.rows, w, a.w.k, piece.end, block.depth, ahead}, out);
     }
   }
 }

@@ -1,7 +1,5 @@
 #include "cpu/blocks/thin_tile.h"
 
-#include "cpu/blocks/columns.h"
-
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
@@ -10,10 +8,13 @@ void tile(const ThinInput<W>& in, const TileOutput<compute_t<W>>& out) {
   using T = compute_t<W>;
   vec<T> sum[kRows];
   for (int m = 0; m < kRows; ++m) sum[m] = zero<T>();
-  for_each_column(in.w, in.k_step, in.filters, in.depth, [&](int64_t d, vec<T> column) {
+  for_each_column(
+      in.w, in.k_step, in.filters, in.depth,
+      [&](int64_t d, vec<T> column) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) sum[m] = fma(set1(in.a[m][d]), column, sum[m]);
-  });
+        for (int m = 0; m < kRows; ++m) sum[m] = fma(set1(in.a[m][d]), column, sum[m]);
+      },
+      in.ahead);
   T sums[kRows * kLanes<T>];
   for (int m = 0; m < kRows; ++m) store(sums + m * kLanes<T>, sum[m]);
   store_sums(sums, kLanes<T>, kRows, out);

@@ -1,6 +1,7 @@
 // gemm_tile for a few rows, with filters read where they lie: what is used that often is not worth a packed panel.
 #pragma once
 
+#include "cpu/blocks/columns.h"
 #include "cpu/blocks/gemm_tile.h"
 #include "cpu/simd/half.h"
 
@@ -18,6 +19,7 @@ struct ThinInput {
   int64_t k_step;
   int filters;  // at most kLanes
   int64_t depth;
+  ReadAhead ahead;
 };
 
 // One tile of 1 <= rows <= kThinRows by one vector of filters. Sums are the same chains of FMAs as gemm_tile's, so the bits are

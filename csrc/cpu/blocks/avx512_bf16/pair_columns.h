@@ -33,16 +33,18 @@ FC_INLINE vec<float> side_by_side(vec<float> halves) {
 // Of kLanes rows that are `step` apart, of which those from `lanes` on count as zeros, the first `count` numbers in pairs:
 // emit(i, pair i of all rows). A zero makes up the last pair of an odd count.
 template <class Emit>
-FC_INLINE void for_each_pair_column(const bf16* rows, int64_t step, int lanes, int64_t count, const Emit& emit) {
+FC_INLINE void for_each_pair_column(const bf16* rows, int64_t step, int lanes, int64_t count, const Emit& emit,
+                                    ReadAhead ahead = {}) {
   constexpr int kL = kLanes<float>;
   for (int64_t i = 0; i < count; i += 2 * kL) {
+    const bf16* const next = ahead.from(rows, i, 2 * kL);
     const int64_t n = count - i < 2 * kL ? count - i : 2 * kL;
     const __mmask32 there = _bzhi_u32(~0u, unsigned(n));
     vec<float> block[kL];
 #pragma GCC unroll 16
     for (int m = 0; m < kL; ++m) {
       const bf16* row = rows + m * step + i;
-      if (m < lanes) __builtin_prefetch(row + kPrefetchVectors * 2 * kL);
+      if (m < lanes) __builtin_prefetch(next + m * step);
       block[m] = m >= lanes    ? zero<float>()
                  : n == 2 * kL ? load(reinterpret_cast<const float*>(row))
                                : vec<float>{_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, row))};

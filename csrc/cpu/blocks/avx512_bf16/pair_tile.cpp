@@ -147,10 +147,12 @@ template <int kRows>
 void thin(const ThinPairs& in, const PairOutput& out) {
   vec<float> sum[kRows][1];
   begin_sums(sum, nullptr);
-  for_each_pair_column(in.w, in.k_step, out.columns, in.depth, [&](int64_t i, vec<float> column) {
+  const auto add = [&](int64_t i, vec<float> column) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) sum[m][0] = add_pairs(sum[m][0], set1_pair(in.a[m] + 2 * i), column);
-  });
+  };
+  const ReadAhead ahead = ReadAhead::of_matrix(in.depth, in.depth, kLanes<float>, in.k_step);
+  for_each_pair_column(in.w, in.k_step, out.columns, in.depth, add, ahead);
   end_sums(sum, out);
 }
 
