@@ -98,6 +98,7 @@ def device(library: Emulator) -> Iterator[None]:
         mock.patch.object(_cuda_launch, "device_of", return_value=0),
         mock.patch.object(_cuda_launch, "stream", return_value=0),
         mock.patch.object(_gpu, "_why_not", return_value=""),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.multiple(torch, **{name: _factory(getattr(torch, name)) for name in _FACTORIES}),
         mock.patch.object(_routes, "_own_memory", lambda t: isinstance(t, FakeCuda) or own_memory(t)),
     ):

@@ -327,6 +327,24 @@ def test_the_driver_is_asked_by_nobody_who_only_names_kernels(monkeypatch: pytes
     assert isinstance(type(fastconv.kernels()[0]).why_not, property)
 
 
+def test_pools_have_gradients_under_deterministic_algorithms(gpu: Any) -> None:
+    """torch refuses those of adaptive pools there, which it adds up with atomics."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for ours, theirs, args in (
+            (F.max_pool2d, T.max_pool2d, (3, 2, 1)), (F.avg_pool2d, T.avg_pool2d, (3, 2, 1)),
+            (F.adaptive_max_pool2d, T.adaptive_max_pool2d, ((4, 3),)), (F.adaptive_avg_pool2d, T.adaptive_avg_pool2d, ((4, 3),)),
+        ):  # fmt: skip
+            x = randn(2, 5, 9, 8)
+            given, expected = gpu(x).requires_grad_(), x.double().requires_grad_()
+            theirs(expected, *args).square().sum().backward()
+            found = [torch.autograd.grad(ours(given, *args).square().sum(), given)[0] for _ in range(2)]
+            gpu.same(found[0], expected.grad)
+            assert torch.equal(*gpu.back(found))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_dropout_draws_from_the_gpus_generator(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Generator:
         seed, place = 7, 0
@@ -355,3 +373,14 @@ def test_dropout_draws_from_the_gpus_generator(gpu: Any, monkeypatch: pytest.Mon
     assert F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).shape == q.shape
     assert torch.equal(torch.get_rng_state(), state)
     assert generator.place == 8
+
+
+def test_dropout_in_a_graph_is_refused_and_not_replayed(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    q = gpu(randn(1, 2, 5, 8))
+    for call in (F.scaled_dot_product_attention, fastconv.cuda.scaled_dot_product_attention):
+        with pytest.raises(
+            RuntimeError, match="while a CUDA graph is captured, whose every replay would drop the same"
+        ):
+            call(q, q, q, dropout_p=0.5)
+        assert call(q, q, q).shape == q.shape
