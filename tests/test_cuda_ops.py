@@ -5,7 +5,7 @@ every function, and what is different there: who answers, autocast, fake tensors
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,6 +131,33 @@ def test_a_traced_model_holds_the_ops(gpu: Any) -> None:
         graph = make_fx(lambda x, w: F.adaptive_avg_pool2d(F.conv2d(x, w), 1))(x, w)
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert {"fastconv.conv2d_fwd.default", "fastconv.adaptive_avg_pool2d_fwd.default"} <= called
+
+
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels are wanted, whatever the GPU, and torch answers nothing. A compiler cannot read what the emulator patches."""
+    monkeypatch.setattr(_gpu, "_why_not", lambda device: "")
+    fastconv.set_cuda(True)
+    fastconv.set_fallback("error")
+    yield
+    fastconv.set_fallback("warn")
+    fastconv.set_cuda(False)
+
+
+@pytest.mark.usefixtures("wanted")
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_without_a_break_where_there_is_no_gpu(name: str) -> None:
+    """Of tensors that have no memory. Their gradients take a GPU: the tests of each op's compiled form have them."""
+    ours, _, shapes, options = CALLS[name]
+    if name == "attention":  # of four dimensions: a torch without CUDA cannot index such tensors, which three take
+        shapes = tuple((1, *shape) for shape in shapes)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: ours(*t, **options), backend="aot_eager", fullgraph=True)
+    with FakeTensorMode(), torch.no_grad():
+        given = [torch.empty(shape, device="cuda") for shape in shapes]
+        found, expected = compiled(*given), ours(*given, **options)
+    assert found.device == expected.device == torch.device("cuda:0")
+    assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
 def test_an_implementation_for_every_op() -> None:
