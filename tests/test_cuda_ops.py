@@ -327,6 +327,15 @@ def test_what_has_no_kernel_goes_to_torch_or_is_an_error(gpu: Any, monkeypatch: 
     assert fastconv.fallback_counts() == {("conv2d", "input is on cuda: GPU 0 is sm_70"): 1}
 
 
+@pytest.mark.parametrize("gpu", ["emulated"], indirect=True)
+def test_what_is_on_the_cpu_does_not_come_to_the_emulator(gpu: Any) -> None:
+    """Which has a kernel for it, and whose plan would be kept for tests to come."""
+    x, w = randn(1, 3, 17, 19), randn(5, 3, 3, 2)  # shapes that no other test has
+    with pytest.raises(AssertionError, match="conv2d_fwd of operands on the CPU came to the emulated GPU"):
+        F.conv2d(x, w)
+    assert F.conv2d(gpu(x), gpu(w)).shape == (1, 5, 15, 18)
+
+
 def test_which_gpus_a_build_is_for() -> None:
     why_not = fastconv._C.why_not_capability
     assert why_not(8, 0, "80 90") == why_not(8, 6, "80 90") == why_not(12, 0, "80") == why_not(9, 0, "90 80") == ""
