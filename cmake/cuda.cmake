@@ -5,11 +5,13 @@
 #   FASTCONV_CUDA_VERSION        the toolkit's version, e.g. 13.0, or empty
 #   FASTCONV_CUDA_REASON         why this build holds no CUDA kernel, for build_info(); empty if it holds some
 
+include(cmake/cuda_architectures.cmake)
+
 set(FASTCONV_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON or OFF")
 set_property(CACHE FASTCONV_CUDA PROPERTY STRINGS AUTO ON OFF)
-# No kernel uses what 8.0 has not, so its PTX, one pass of the compiler, serves all: it becomes machine code for 8.0, which runs on
-# 8.6 and 8.9 too, and for 9.0, and is there for GPUs to come. A pass and machine code for each of the five took twice as long.
-set(FASTCONV_CUDA_ARCHITECTURES "80;90" CACHE STRING "GPUs to compile for, by compute capability")
+# No kernel uses what 8.0 has not, so its PTX, one pass of the compiler, serves all: it becomes machine code for each GPU of the
+# list, and is there for GPUs to come (docs/cuda.md has what other lists cost).
+set(FASTCONV_CUDA_ARCHITECTURES "80;86;89;90" CACHE STRING "GPUs to compile for, by compute capability")
 
 set(FASTCONV_CUDA_VERSION "")
 set(FASTCONV_CUDA_REASON "")
@@ -62,16 +64,10 @@ fastconv_find_cuda()
 if(FASTCONV_CUDA_VERSION)
   # Set before the language is enabled, which would otherwise choose one for this machine's GPU, or for none.
   set(CMAKE_CUDA_COMPILER "${FASTCONV_NVCC}")
-  string(REGEX REPLACE "[^0-9;]" "" architectures "${FASTCONV_CUDA_ARCHITECTURES}")
-  list(REMOVE_DUPLICATES architectures)
-  list(SORT architectures COMPARE NATURAL)
-  list(GET architectures 0 first)
-  if(first LESS 80)
-    message(FATAL_ERROR "FASTCONV_CUDA_ARCHITECTURES: got ${first}, expected 80 or later")
-  endif()
-  set(CMAKE_CUDA_ARCHITECTURES "${first}")
-  list(JOIN architectures ",sm_" codes)
-  set(FASTCONV_CUDA_CODE "--gpu-architecture=compute_${first};--gpu-code=compute_${first},sm_${codes}")
+  execute_process(COMMAND "${FASTCONV_NVCC}" --list-gpu-code OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE)
+  string(REPLACE "\n" ";" known "${known}")
+  fastconv_cuda_architectures("${FASTCONV_CUDA_ARCHITECTURES}" "${known}")
+  set(CMAKE_CUDA_ARCHITECTURES "${FASTCONV_CUDA_LEAST}")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
@@ -83,7 +79,6 @@ if(FASTCONV_CUDA_VERSION)
 endif()
 
 if(FASTCONV_CUDA_VERSION)
-  list(JOIN architectures " " FASTCONV_CUDA_BUILT_FOR)
   message(STATUS "CUDA toolkit ${FASTCONV_CUDA_VERSION}, kernels for ${FASTCONV_CUDA_BUILT_FOR}")
 else()
   set(FASTCONV_CUDA_BUILT_FOR "")

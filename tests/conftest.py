@@ -7,6 +7,7 @@ only.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib.util
 import os
@@ -42,15 +43,52 @@ def cuda_library(cuda_cache: Path) -> Path:
     return emulator.build(ROOT, cuda_cache, sanitize=SANITIZE)
 
 
-@pytest.fixture(scope="session")
-def fake_cuda() -> ModuleType:
-    """The module beside this file: tests/ is not on sys.path, and some tests have no torch."""
-    spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).with_name("fake_cuda.py"))
+@functools.cache
+def beside(name: str) -> ModuleType:
+    """The module beside this file: tests/ is not on sys.path, and some tests have no torch, which these import."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fake_cuda() -> ModuleType:
+    return beside("fake_cuda")
+
+
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def place(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Where a test's tensors lie (places.py): a test that takes it runs in all three, or in those that
+    `@pytest.mark.parametrize("place", [...], indirect=True)` names. `.ci/gpu` runs what is on "cuda".
+    """
+    yield from _place(request)
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The places where tensors are a GPU's."""
+    yield from _place(request)
+
+
+def _place(request: pytest.FixtureRequest) -> Iterator[Any]:
+    places = beside("places")
+    if request.param == "cpu":
+        yield places.Place()
+    elif request.param == "cuda":
+        why_not = places.why_no_gpu()
+        if why_not:
+            pytest.skip(why_not)
+        with places.kernels_answer():
+            yield places.Gpu()
+    else:
+        if emulator.compiler() is None:
+            pytest.skip("needs a host compiler")
+        fake, library = request.getfixturevalue("fake_cuda"), request.getfixturevalue("cuda_library")
+        with places.kernels_answer(), fake.device(emulator.Emulator(library)):
+            yield places.Emulated(fake)
 
 
 @pytest.fixture
@@ -83,6 +121,13 @@ def widened() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops(*names): the operations whose kernels a test takes; all without it")
+    config.addinivalue_line("markers", "gpu: needs a GPU, so that `.ci/gpu` runs it; set where a parameter is `cuda`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "cuda" in getattr(item, "callspec", SimpleNamespace(params={})).params.values():
+            item.add_marker("gpu")
 
 
 def pytest_collection_finish() -> None:

@@ -8,7 +8,7 @@ over any other. So what is not shown is torch's CUDA: its streams, its allocator
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -76,12 +76,17 @@ def to_fake(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-_cpu_arange = torch.arange
+# What makes tensors on a device.
+_FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 
 
-def _arange(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-    made = _cpu_arange(*args, **kwargs)
-    return made if device is None or torch.device(device).type == "cpu" else FakeCuda(made)
+def _factory(made_on_cpu: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def make(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        there = device is not None and torch.device(device).type == "cuda" and torch._C._len_torch_dispatch_stack() == 0
+        made = made_on_cpu(*args, device="cpu" if there else device, **kwargs)
+        return FakeCuda(made) if there else made
+
+    return make
 
 
 @contextmanager
@@ -93,7 +98,8 @@ def device(library: Emulator) -> Iterator[None]:
         mock.patch.object(_cuda_launch, "device_of", return_value=0),
         mock.patch.object(_cuda_launch, "stream", return_value=0),
         mock.patch.object(_gpu, "_why_not", return_value=""),
-        mock.patch.object(torch, "arange", _arange),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
+        mock.patch.multiple(torch, **{name: _factory(getattr(torch, name)) for name in _FACTORIES}),
         mock.patch.object(_routes, "_own_memory", lambda t: isinstance(t, FakeCuda) or own_memory(t)),
     ):
         _cuda_launch.planned.cache_clear()

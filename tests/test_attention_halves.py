@@ -82,18 +82,20 @@ def test_gradients_of_masks_have_their_dtype(dtype: torch.dtype) -> None:
 
 
 @HALVES
-def test_autocast_casts_as_torch_does(dtype: torch.dtype) -> None:
-    q, k, v = operands(torch.float32, (1, 2, 5, 8), (1, 2, 7, 8))
-    mask = torch.randn(5, 7)
+def test_autocast_casts_as_torch_does(place: Any, dtype: torch.dtype) -> None:
+    q, k, v = (place(t.detach()).requires_grad_() for t in operands(torch.float32, (1, 2, 5, 8), (1, 2, 7, 8)))
+    mask = place(torch.randn(5, 7))
     doubles = [t.double() for t in (q, k, v)]
-    with torch.autocast("cpu", dtype), fastconv.observe() as records:
-        found, theirs = sdpa(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask)
+    with place.autocast(dtype), place.letting("scaled_dot_product_attention"), fastconv.observe() as records:
+        found = sdpa(q, k, v, mask)
+        theirs = F.scaled_dot_product_attention(q, k, v, mask) if place.name != "emulated" else found
         (grad,) = torch.autograd.grad(found.float().sum(), q)
         assert sdpa(*doubles).dtype is F.scaled_dot_product_attention(*doubles).dtype is torch.float64
     assert found.dtype is theirs.dtype is dtype
     assert grad.dtype is torch.float32
-    assert {r.dtype for r in records} == {"bf16" if dtype is torch.bfloat16 else "f16", "f64"}
-    assert torch.equal(found, sdpa(*(t.to(dtype) for t in (q, k, v)), mask.to(dtype)))
+    half = "bf16" if dtype is torch.bfloat16 else "f16"
+    assert {r.dtype for r in records} == ({half} if place.is_gpu else {half, "f64"})
+    assert torch.equal(*place.back((found, sdpa(*(t.to(dtype) for t in (q, k, v)), mask.to(dtype)))))
 
 
 @HALVES

@@ -281,12 +281,12 @@ def test_frozen_operands_get_no_gradient() -> None:
     assert k.grad is None
 
 
-def test_registered_ops() -> None:
-    q, k, v = (leaf(t) for t in operands((2, 4, 5, 8), (2, 2, 7, 8)))
-    mask = leaf(torch.randn(1, 4, 1, 7, dtype=torch.float64))
+@pytest.mark.parametrize("place", ["cpu", "cuda"], indirect=True)
+def test_registered_ops(place: Any) -> None:
+    q, k, v = (leaf(place(t)) for t in operands((2, 4, 5, 8), (2, 2, 7, 8), dtype=place.dtype))
+    mask, *more = (leaf(place(torch.randn(s, dtype=place.dtype))) for s in ((1, 4, 1, 7), (1, 4, 11), (2, 1)))
     for m in (None, mask, mask.detach() > 0):
         torch.library.opcheck(OPS.sdpa_fwd.default, (q, k, v, m, None, None, 0.3, -5, 2, 0.0, 0.0, 0))
-    more = leaf(torch.randn(1, 4, 11, dtype=torch.float64)), leaf(torch.randn(2, 1, dtype=torch.float64))
     torch.library.opcheck(OPS.sdpa_fwd.default, (q, k, v, None, *more, 0.3, -5, 2, 0.0, 0.0, 0))
     out, lse = OPS.sdpa_fwd(q, k, v, mask, *more, 0.3, -5, 2, 0.0, 0.0, 0)
     dout = torch.randn_like(out)
@@ -311,8 +311,9 @@ def test_registered_ops_refuse(change: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_without_a_break() -> None:
-    q, k, v = (leaf(t) for t in operands((2, 2, 5, 8), (2, 2, 7, 8)))
+@pytest.mark.parametrize("place", ["cpu", "cuda"], indirect=True)
+def test_compiles_without_a_break(place: Any) -> None:
+    q, k, v = (leaf(place(t)) for t in operands((2, 2, 5, 8), (2, 2, 7, 8), dtype=place.dtype))
     compiled = torch.compile(lambda *t: sdpa(*t, is_causal=True).sin(), backend="aot_eager", fullgraph=True)
     expected = sdpa(q, k, v, is_causal=True).sin()
     found = compiled(q, k, v)

@@ -419,15 +419,16 @@ def test_observed_kernel_is_the_forced_one() -> None:
 
 
 @pytest.mark.parametrize("layout", [plain, last])
-def test_opcheck(layout: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("place", ["cpu", "cuda"], indirect=True)
+def test_opcheck(place: Any, layout: Callable[[Tensor], Tensor]) -> None:
     case = Case((2, 4, 6, 5), (6, 2, 3, 3), stride=(1, 2), padding=(1, 1), groups=2)
-    x, w, bias = operands(case, torch.float32)
+    x, w, bias = map(place, operands(case, torch.float32))
     x = layout(x)
     y = case.torchs(x, w, bias)
     torch.library.opcheck(OPS.conv2d_fwd.default, (leaf(x), leaf(w), leaf(bias), leaf(y), *case.geometry, "none"))
     torch.library.opcheck(OPS.conv2d_fwd.default, (x, w, bias, y, *case.geometry, "relu"))
     is_last = layout is last
-    args = leaf(y), leaf(w), leaf(torch.randn(4)), x.shape, is_last, *case.geometry
+    args = leaf(y), leaf(w), leaf(x.new_ones(4)), x.shape, is_last, *case.geometry
     torch.library.opcheck(OPS.conv2d_dgrad.default, args)
     for with_bias in (False, True):
         args = leaf(y), leaf(x), w.shape, is_last, with_bias, *case.geometry
@@ -463,7 +464,8 @@ def test_ops_check_their_arguments(name: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_a_break(dynamic: bool) -> None:
+@pytest.mark.parametrize("place", ["cpu", "cuda"], indirect=True)
+def test_compiled_without_a_break(place: Any, dynamic: bool) -> None:
     case = Case((2, 4, 6, 6), (6, 2, 3, 3), padding=(1, 1), groups=2)
     geometry = case.geometry  # torch 2.9 does not trace a property of a NamedTuple
 
@@ -475,7 +477,7 @@ def test_compiled_without_a_break(dynamic: bool) -> None:
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for shape, layout in (((2, 4, 6, 6), plain), ((2, 4, 6, 6), last), ((3, 4, 7, 8), plain)):
         torch.manual_seed(0)
-        x, w, bias, v = (torch.randn(s) for s in (shape, case.w, (6,), (6, 3, 2, 2)))
+        x, w, bias, v = (place(torch.randn(s)) for s in (shape, case.w, (6,), (6, 3, 2, 2)))
         inputs = leaf(layout(x)), leaf(w), leaf(bias), leaf(v)
         got, want = compiled(*inputs), net(*inputs)
         assert_close(got, want)

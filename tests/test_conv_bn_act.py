@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,16 +31,23 @@ class TwoBlocks(nn.Module):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "sigmoid"])
-def test_conv_bn_act(activation: str, residual: bool) -> None:
+def test_conv_bn_act(place: Any, activation: str, residual: bool) -> None:
     torch.manual_seed(0)
     block = fastconv.nn.ConvBnAct(4, 6, (3, 5), stride=(1, 2), dilation=(2, 1), groups=2, activation=activation)
-    x, r = images(2, 4, 9, 8), images(2, 6, 9, 4) if residual else None
+    place(block)
+    x, r = place(images(2, 4, 9, 8)), place(images(2, 6, 9, 4)) if residual else None
+    with place.letting("batch_norm"):
+        compare(place, block, x, r, activation)
+
+
+def compare(place: Any, block: Any, x: Tensor, r: Tensor | None, activation: str) -> None:
+    """The block beside its steps, in training and in eval mode."""
     trained = block(x, r)
     steps = nn.Sequential(*list(block)[:2])
     expected = steps.train()(x)
     expected = expected if r is None else expected + r
     expected = expected if activation == "none" else block[2](expected)
-    torch.testing.assert_close(trained, expected)
+    place.same(trained, expected)
     block.eval()
     y = block[1](block[0](x))
     y = y if r is None else y + r
@@ -47,9 +56,9 @@ def test_conv_bn_act(activation: str, residual: bool) -> None:
     with torch.no_grad(), fastconv.observe() as records:
         found = block(x, r)
     assert [record.op for record in records] == ["conv2d_fwd"]
-    torch.testing.assert_close(found, y)
+    place.same(found, y)
     gradients = [torch.autograd.grad(out.square().sum(), block[0].weight)[0] for out in (block(x, r), y)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    place.same(*gradients, 18, rtol=1e-4, atol=1e-4)
 
 
 def test_conv_bn_act_in_a_fused_model() -> None:

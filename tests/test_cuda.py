@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,32 +14,15 @@ from torch import Tensor
 import fastconv
 from fastconv import cuda, plan
 from fastconv.cli import main
-from fastconv.testing import emulator
-
-GPU = any(kernel.target == "sm80" and kernel.runnable for kernel in fastconv.kernels()) and torch.cuda.is_available()
-DEVICES = [
-    pytest.param("emulated", marks=pytest.mark.skipif(emulator.compiler() is None, reason="needs a host compiler")),
-    pytest.param("cuda", marks=pytest.mark.skipif(not GPU, reason="needs a GPU, a CUDA torch and a build with nvcc")),
-]
-
 
 Device = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, fake_cuda: ModuleType) -> Iterator[Device]:
-    """What brings a tensor there."""
-    # Neither side rounds float32 to tf32 but where a test asks for it.
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    for layer in ("conv", "linear"):
-        allow_tf32(layer, False)
-    if request.param == "emulated":
-        with fake_cuda.device(emulator.Emulator(request.getfixturevalue("cuda_library"))):
-            yield fake_cuda.FakeCuda
-    else:
-        yield Tensor.cuda
-    for layer, allowed in zip(("conv", "linear"), before):
-        allow_tf32(layer, allowed)
+@pytest.fixture
+def device(gpu: Any) -> Device:
+    """What brings a tensor there. Nobody has asked for the kernels but the calls themselves."""
+    fastconv.set_cuda(False)
+    return gpu  # type: ignore[no-any-return]
 
 
 def allow_tf32(layer: str, allowed: bool) -> None:
@@ -223,7 +205,7 @@ def test_operands_and_kernels_belong_to_one_kind_of_device() -> None:
 
 
 def test_bench_says_why_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
-    if GPU:
+    if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert main(["bench", "--device", "cuda"]) == 2
     assert re.search(r"no CUDA device|without CUDA kernels|no GPU", capsys.readouterr().out)

@@ -367,3 +367,17 @@ def test_a_broken_kernel_fails(cuda_cache: Path, mutant: str) -> None:
     library = emulator.build(ROOT, cuda_cache, edits=edits, only=kernel)
     with harness.using(emulator.Emulator(library)), pytest.raises((harness.KernelFault, emulator.EmulatorError)):
         harness.check(f"{name}.sm80", parse(case), place="low")
+
+
+@pytest.mark.skipif(SANITIZE, reason="a sanitizer ends the process where it finds something")
+def test_a_debug_build_says_what_went_wrong_in_a_kernel_at_the_call_that_started_it(cuda_cache: Path) -> None:
+    """The emulator is one: NDEBUG is not set."""
+    waits = "cudaStreamSynchronize(stream)"
+    edits = {"csrc/cuda/blocks/device.h": (waits, f"({waits}, cudaErrorInvalidValue)")}
+    name = "avg_pool2d_fwd.direct"
+    library = emulator.build(ROOT, cuda_cache, edits=edits, only=name)
+    with (
+        harness.using(emulator.Emulator(library)),
+        pytest.raises(emulator.EmulatorError, match="CUDA: a kernel, or one before it: invalid argument"),
+    ):
+        harness.check(f"{name}.f32.sm80", parse("n2c5h8w9r3s3u2p1d1-nchw"), place="low")

@@ -139,6 +139,7 @@ def test_words(emulated_run: Run) -> None:
     np.testing.assert_array_equal(out[:, 2], (given[:, 0] + 0x1000) & ~np.uint32(0x1FFF))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     NVCC is None or not any(k.target == "sm80" and k.runnable for k in harness.native().kernels()),
     reason="needs a GPU, nvcc and a build with CUDA kernels",

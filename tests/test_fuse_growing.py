@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -73,30 +74,32 @@ FORWARDS = {one_by_one: 1, from_lists: 1, written_to: 1, two_behind_one: 1, seen
 
 @pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
-def test_growing(forward: Forward, last: bool) -> None:
+def test_growing(place: Any, forward: Forward, last: bool) -> None:
     torch.manual_seed(1)
     model = Block(forward).eval()
     for norm in model.norms:
         assert isinstance(norm, nn.BatchNorm2d)
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.running_var, 0.5, 1.5)  # type: ignore[arg-type]
-    fused = fastconv.fuse(model)
-    assert len(fused.report.grown) == FORWARDS[forward]
     x = torch.randn(2, 19, 6, 9).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     kept = x.clone()
+    leaf = x.clone().requires_grad_()
     with torch.no_grad():
-        expected, results = model(x), [fused(x) for _ in range(2)]
-    assert torch.equal(x, kept)
+        expected = model(x)
+    (expected_gradient,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+    fused, there = fastconv.fuse(place(model)), place(x)
+    assert len(fused.report.grown) == FORWARDS[forward]
+    with torch.no_grad(), place.letting("batch_norm"):
+        results = place.back([fused(there) for _ in range(2)])
+    assert torch.equal(place.back(there), kept)
     for result in results:
         torch.testing.assert_close(result, expected, rtol=2e-5, atol=2e-5)
         assert result.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     # A gradient through it, which is recorded by torch's own concatenation.
-    gradients = []
-    for module in (model, fused):
-        leaf = x.clone().requires_grad_()
-        module(leaf).square().sum().backward()
-        gradients.append(leaf.grad)
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+    leaf = place(x.clone()).requires_grad_()
+    with place.letting("batch_norm"):
+        (found,) = torch.autograd.grad(fused(leaf).square().sum(), leaf)
+    torch.testing.assert_close(place.back(found), expected_gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])

@@ -118,8 +118,9 @@ def test_vmap(batched: tuple[bool, ...]) -> None:
     assert_close(gradients(added), gradients(theirs))
 
 
-def test_registered_ops() -> None:
-    x, residual, weight, bias = (t.detach().float().requires_grad_() for t in operands())
+@pytest.mark.parametrize("place", ["cpu", "cuda"], indirect=True)
+def test_registered_ops(place: Any) -> None:
+    x, residual, weight, bias = (place(t.detach().float()).requires_grad_() for t in operands())
     torch.library.opcheck(OPS.layer_norm_fwd.default, (x, residual, weight, bias, 1e-5))
     _, total, mean, rstd = (t.detach() for t in OPS.layer_norm_fwd(x, residual, weight, bias, 1e-5))
     dy = torch.randn_like(x)
@@ -142,8 +143,9 @@ def test_registered_ops_refuse(change: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_without_a_break() -> None:
-    inputs = operands()
+@pytest.mark.parametrize("place", ["cpu", "cuda"], indirect=True)
+def test_compiles_without_a_break(place: Any) -> None:
+    inputs = [place(t.detach().to(place.dtype)).requires_grad_() for t in operands()]
     compiled = torch.compile(lambda *t: added(*t)[0].sin(), backend="aot_eager", fullgraph=True)
     found, expected = compiled(*inputs), added(*inputs)[0].sin()
     assert_close(found, expected)

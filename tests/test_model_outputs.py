@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def twins(name: str, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, nn.
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Of the loss with respect to the input (under the name "") and every parameter."""
     x = x.clone().requires_grad_()
-    models.classification_loss(model(x), torch.arange(len(x))).backward()
+    models.classification_loss(model(x), torch.arange(len(x), device=x.device)).backward()
     return {"": x.grad, **{key: parameter.grad for key, parameter in model.named_parameters()}}
 
 
@@ -71,13 +72,22 @@ def step(model: nn.Module, x: Tensor, lr: float = 0.1) -> dict[str, Tensor]:
     return {**found, **model.state_dict()}
 
 
-@pytest.mark.parametrize("name", [*RUN, *LONGER, *WIDER])
-def test_output_agrees_with_torch(name: str) -> None:
+# The emulator takes its time: LeNet's 400 thousand multiplications are enough for it.
+PLACES = (
+    [("cpu", name) for name in (*RUN, *LONGER, *WIDER)] + [("emulated", "lenet5")] + [("cuda", name) for name in RUN]
+)
+
+
+@pytest.mark.parametrize(("place", "name"), PLACES, indirect=["place"])
+def test_output_agrees_with_torch(place: Any, name: str) -> None:
     ours, theirs, x = twins(name, torch.float32)
     before = fastconv.fallback_counts()
     with torch.no_grad():
-        assert_close(models.main_output(ours(x)), models.main_output(theirs(x)), 1e-4)
-    assert fastconv.fallback_counts() == before
+        expected = models.main_output(theirs(x))
+        with place.letting("batch_norm"):
+            found = models.main_output(place(ours)(place(x)))
+    assert_close(place.back(found), expected, 1e-4)
+    assert fastconv.fallback_counts() == before or place.is_gpu
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -104,13 +114,19 @@ def smooth(model: nn.Module) -> None:
                 setattr(module, key, nn.SiLU())
 
 
-@pytest.mark.parametrize("name", ["lenet5", "resnet18", "resnet50", "vgg16"])
-def test_float32_gradients_agree_with_torch(name: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("emulated", "lenet5"), *itertools.product(("cpu", "cuda"), ("lenet5", "resnet18", "resnet50", "vgg16"))],
+    indirect=["place"],
+)
+def test_float32_gradients_agree_with_torch(place: Any, name: str) -> None:
     """By the 2-norm, for the sake of the pools' near-ties."""
     ours, theirs, x = twins(name, torch.float32)
     for model in (ours, theirs):
         smooth(model)
-    found, expected = gradients(ours, x), gradients(theirs, x)
+    expected = gradients(theirs, x)
+    with place.letting("batch_norm"):
+        found = place.back(gradients(place(ours), place(x)))
     for key, gradient in found.items():
         error = float((gradient - expected[key]).norm() / expected[key].norm())
         assert error <= 2e-3, f"gradient of {key or 'the input'} differs by {error:.3g} of its norm"

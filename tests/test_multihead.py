@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 from torch.testing._internal.common_modules import module_db
+from torch.utils._pytree import tree_map
 
 import fastconv
 from fastconv import nn as ours
@@ -247,27 +248,34 @@ def test_errors_are_torch_s(bad: Any) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_samples_of_torch_s_own_tests(training: bool) -> None:
+def test_samples_of_torch_s_own_tests(place: Any, training: bool) -> None:
     (info,) = (info for info in module_db if info.module_cls is torch.nn.MultiheadAttention)
     samples = info.module_inputs_func(info, device="cpu", dtype=torch.float64, requires_grad=True, training=training)
     assert len(samples) > 10
+
+    def there(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return place(t.detach().to(place.dtype if t.is_floating_point() else t.dtype)).requires_grad_(t.requires_grad)
+
     for sample in samples:
         made, called = sample.constructor_input, sample.forward_input
         torch.manual_seed(0)
         theirs = torch.nn.MultiheadAttention(*made.args, **made.kwargs, dtype=torch.float64).train(training)
-        mine = ours.MultiheadAttention(*made.args, **made.kwargs, dtype=torch.float64).train(training)
+        mine = ours.MultiheadAttention(*made.args, **made.kwargs, dtype=place.dtype).train(training)
         mine.load_state_dict(theirs.state_dict())
         found, expected = [], []
-        for layer, outcome in ((mine, found), (theirs, expected)):
+        for layer, outcome, bring in ((place(mine), found, there), (theirs, expected, lambda t: t)):
             torch.manual_seed(1)
-            out, weights = layer(*called.args, **called.kwargs)
-            leaves = [t for t in called.args if isinstance(t, Tensor) and t.requires_grad]
+            args, kwargs = tree_map(bring, (called.args, called.kwargs))
+            out, weights = layer(*args, **kwargs)
+            leaves = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
             outcome += [
                 out,
                 weights,
                 torch.autograd.grad(out.sin().sum(), [*leaves, *layer.parameters()], allow_unused=True),
             ]
-        assert_close(found, expected)
+        place.same(found, expected, 20)
 
 
 def test_masks_of_two_kinds_warn_as_torch_s_do() -> None:
@@ -280,17 +288,20 @@ def test_masks_of_two_kinds_warn_as_torch_s_do() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_without_a_break() -> None:
+@pytest.mark.parametrize("place", ["cpu", "cuda"], indirect=True)
+def test_compiles_without_a_break(place: Any) -> None:
     """Without weights; the matrix of weights is torch's under torch.compile, which fullgraph would not notice."""
     mine, theirs = (layer.eval() for layer in pair(12, 3, batch_first=True))
     x = torch.randn(2, 6, 12, dtype=torch.float64)
     causal = torch.ones(6, 6, dtype=torch.bool).triu(1)
 
-    def call(layer: Any, x: Tensor) -> Tensor:
-        out: Tensor = layer(x, x, x, attn_mask=causal, need_weights=False)[0]
+    def call(layer: Any, x: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = layer(x, x, x, attn_mask=mask, need_weights=False)[0]
         return out
 
-    compiled = torch.compile(lambda x: call(mine, x), backend="aot_eager", fullgraph=True)
+    expected = call(theirs, x, causal)
+    place(mine.to(place.dtype))
+    compiled = torch.compile(lambda x, mask: call(mine, x, mask), backend="aot_eager", fullgraph=True)
     with fastconv.observe() as records:
-        assert_close(compiled(x), call(theirs, x))
+        place.same(compiled(place(x.to(place.dtype)), place(causal)), expected)
     assert [r.op for r in records] == ["sdpa_fwd"]

@@ -88,6 +88,11 @@ def test_build_info_says_what_was_built() -> None:
     assert bool(info["cuda_architectures"]) == any(kernel.target == "sm80" for kernel in fastconv.kernels())
 
 
+def test_the_module_is_no_burden_to_download() -> None:
+    """With kernels for every CPU and for GPUs: 13 MB for two of them, 15 MB for four."""
+    assert compiled_module().stat().st_size < 40_000_000
+
+
 @installed
 def test_console_script() -> None:
     script = Path(sysconfig.get_path("scripts")) / "fastconv"

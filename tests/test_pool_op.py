@@ -238,17 +238,19 @@ TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_a
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "expanded"])
-def test_opcheck(layout: str, requires_grad: bool) -> None:
+@pytest.mark.parametrize("place", ["cpu", "cuda"], indirect=True)
+def test_opcheck(place: Any, layout: str, requires_grad: bool) -> None:
     def make(*shape: int) -> Tensor:
-        t = LAYOUTS[layout](random(*shape))
+        t = LAYOUTS[layout](place(random(*shape)))
         return t if layout == "expanded" and requires_grad else t.requires_grad_(requires_grad)
 
     x, g = make(2, 3, 9, 8), make(2, 3, 5, 4)
-    indices = torch.randint(72, (2, 3, 5, 4))
+    indices = place(torch.randint(72, (2, 3, 5, 4)))
+    windows = [3, 3, 2, 2, 1, 1, 1, 1, 1, 1] if place.is_gpu else []  # which a GPU's gather has to know
     pairs = [3, 3], [2, 2], [1, 1]
     for op, args in (
         (OPS.max_pool2d_fwd, (x, *pairs, [1, 1], False)),
-        (OPS.max_pool2d_bwd, (g, indices, [2, 3, 9, 8], layout == "channels_last")),
+        (OPS.max_pool2d_bwd, (g, indices, [2, 3, 9, 8], layout == "channels_last", windows)),
         (OPS.adaptive_max_pool2d_fwd, (x, [3, 2])),
         (OPS.avg_pool2d_fwd, (x, *pairs, False, True, None)),
         (OPS.avg_pool2d_bwd, (g, [2, 3, 9, 8], layout == "channels_last", *pairs, False, True, 3)),
@@ -260,7 +262,8 @@ def test_opcheck(layout: str, requires_grad: bool) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_compile(requires_grad: bool, dynamic: bool) -> None:
+@pytest.mark.parametrize("place", ["cpu", "cuda"], indirect=True)
+def test_compile(place: Any, requires_grad: bool, dynamic: bool) -> None:
     torch._dynamo.reset()
 
     def net(F: Any, t: Tensor) -> Tensor:
@@ -272,7 +275,7 @@ def test_compile(requires_grad: bool, dynamic: bool) -> None:
     compiled = torch.compile(lambda t: net(ours, t), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for shape in ((2, 3, 17, 16), (2, 3, 25, 30), (3, 5, 33, 17)):
         for format in (torch.contiguous_format, torch.channels_last):
-            x = random(*shape).contiguous(memory_format=format).clone().requires_grad_(requires_grad)
+            x = place(random(*shape).contiguous(memory_format=format).clone()).requires_grad_(requires_grad)
             found, expected = compiled(x), net(theirs, x)
             assert_close(found, expected)
             if requires_grad:

@@ -65,25 +65,25 @@ WAYS = [(c, m) for c, (_, shapes) in CALLS.items() for m in ("all", "first", "ot
 
 
 @pytest.mark.parametrize(("call", "mapped"), WAYS)
-def test_vmap_of_an_op(call: str, mapped: str) -> None:
+def test_vmap_of_an_op(place: Any, call: str, mapped: str) -> None:
     function, shapes = CALLS[call]
     torch.manual_seed(0)
-    given = [torch.randn(3, *shape, dtype=torch.float64) for shape in shapes]
+    given = [place(torch.randn(3, *shape, dtype=place.dtype)) for shape in shapes]
     dims = [None if mapped == ("others" if i == 0 else "first") else 0 for i in range(len(given))]
     given = [t if dim == 0 else t[0] for t, dim in zip(given, dims, strict=True)]
     found = both(torch.vmap(function, tuple(dims))(*given))
     each = [both(function(*(t[i] if d == 0 else t for t, d in zip(given, dims, strict=True)))) for i in range(3)]
     for outputs, single in zip(found, zip(*each, strict=True), strict=True):
-        torch.testing.assert_close(outputs, torch.stack(single))
+        place.same(outputs, torch.stack(single))
 
 
-def test_derivatives_of_the_mapped_op() -> None:
+def test_derivatives_of_the_mapped_op(place: Any) -> None:
     torch.manual_seed(0)
-    given = [torch.randn(3, *s, dtype=torch.float64, requires_grad=True) for s in (X, W, (6,), Y)]
+    given = [place(torch.randn(3, *s, dtype=place.dtype)).requires_grad_() for s in (X, W, (6,), Y)]
     mapped = torch.vmap(forward)(*given)
     single = torch.stack([forward(*(t[i] for t in given)) for i in range(3)])
     weights = torch.randn_like(single)
     for ours, other in zip(
         torch.autograd.grad(mapped, given, weights), torch.autograd.grad(single, given, weights), strict=True
     ):
-        torch.testing.assert_close(ours, other)
+        place.same(ours, other)

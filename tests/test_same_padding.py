@@ -62,36 +62,38 @@ def test_sides_of_the_documented_examples() -> None:
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(("image", "window", "stride", "dilation"), PROBLEMS)
-def test_conv2d(image: Pair, window: Pair, stride: Pair, dilation: Pair, last: bool) -> None:
+def test_conv2d(place: Any, image: Pair, window: Pair, stride: Pair, dilation: Pair, last: bool) -> None:
     layer = fastconv.nn.Conv2d(6, 4, window, stride, "SAME", dilation, groups=2, bias=False)
     w, x = whole_numbers(4, 3, *window), whole_numbers(2, 6, *image)
     layer.weight.data = torch.from_numpy(w)
     given = torch.from_numpy(x)
     if last:
         given = given.contiguous(memory_format=torch.channels_last)
+    place(layer)
     with fastconv.observe() as records:
-        y = layer(given)
+        y = place.back(layer(place(given)))
     assert [record.op for record in records] == ["conv2d_fwd"]
-    np.testing.assert_array_equal(y.detach().numpy(), convolved(x, w, stride, dilation, groups=2))
+    np.testing.assert_array_equal(y.numpy(), convolved(x, w, stride, dilation, groups=2))
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(("image", "window", "stride"), [p[:3] for p in PROBLEMS if p[3] == (1, 1)])
-def test_pools(image: Pair, window: Pair, stride: Pair, last: bool) -> None:
+def test_pools(place: Any, image: Pair, window: Pair, stride: Pair, last: bool) -> None:
     x = whole_numbers(2, 3, *image)
     given = torch.from_numpy(x)
     if last:
         given = given.contiguous(memory_format=torch.channels_last)
     seen = windows(x, window, stride)
     before = fastconv.fallback_counts()
-    y, indices = fastconv.nn.MaxPool2d(window, stride, "SAME", return_indices=True)(given)
+    there = place(given)
+    y, indices = place.back(fastconv.nn.MaxPool2d(window, stride, "SAME", return_indices=True)(there))
     np.testing.assert_array_equal(y.numpy(), np.nanmax(seen, axis=(4, 5)))
     picked = given.flatten(2).gather(2, indices.flatten(2)).reshape(y.shape)
     assert torch.equal(picked, y)
-    assert torch.equal(fastconv.nn.MaxPool2d(window, stride, "SAME")(given), y)
-    mean = fastconv.nn.AvgPool2d(window, stride, "SAME")(given)
+    assert torch.equal(place.back(fastconv.nn.MaxPool2d(window, stride, "SAME")(there)), y)
+    mean = place.back(fastconv.nn.AvgPool2d(window, stride, "SAME")(there))
     np.testing.assert_allclose(mean.numpy(), np.nanmean(seen, axis=(4, 5)), rtol=1e-6, atol=1e-6)
-    fifths = fastconv.nn.AvgPool2d(window, stride, "SAME", divisor_override=5)(given)
+    fifths = place.back(fastconv.nn.AvgPool2d(window, stride, "SAME", divisor_override=5)(there))
     np.testing.assert_allclose(fifths.numpy(), np.nansum(seen, axis=(4, 5)) / 5, rtol=1e-6, atol=1e-6)
     assert fastconv.fallback_counts() == before
 

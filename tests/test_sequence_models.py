@@ -58,31 +58,36 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_both_backends_agree(run: str) -> None:
-    """In eval mode in float32, and by gradients and the weights after a training step, dropout included, in float64."""
+def test_both_backends_agree(place: Any, run: str) -> None:
+    """In eval mode in float32, and by gradients and the weights after a training step, dropout included, in float64 (on a GPU in
+    float32 and without dropout, whose generator is another there)."""
     name, config, make = RUNS[run]
     ours, theirs = build_twins(name, **config)
     inputs = make()
+    there = [place(t) for t in inputs]
     before = fastconv.fallback_counts()
-    with torch.no_grad(), fastconv.observe() as records:
-        found = tensors(ours(*inputs))
-    assert {"sdpa_fwd", "layer_norm_fwd"} <= {r.op for r in records} or run in ("lstm", "gru")
     with torch.no_grad(), fastconv.observe() as records:
         expected = tensors(theirs(*inputs))
     assert not records
-    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    place(ours)
+    with torch.no_grad(), fastconv.observe() as records:
+        found = tensors(ours(*there))
+    assert {"sdpa_fwd", "layer_norm_fwd"} <= {r.op for r in records} or run in ("lstm", "gru")
+    assert_close(place.back(found), expected, rtol=1e-4, atol=1e-5)
     states = []
-    for model in (ours, theirs):
-        model.double().train()
-        for attention in model.modules():
-            if hasattr(attention, "num_heads"):
-                attention.dropout = 0.0  # the generator of dropped weights is ours
+    for model, given, dtype in ((ours, there, place.dtype), (theirs, inputs, torch.float64)):
+        model.to(dtype).train()
+        for layer in model.modules():
+            if hasattr(layer, "num_heads"):
+                layer.dropout = 0.0  # the generator of dropped weights is ours
+            if place.is_gpu and isinstance(layer, nn.Dropout):
+                layer.p = 0.0
         torch.manual_seed(1)
-        outputs = tensors(model(*(t.double() if t.is_floating_point() else t for t in inputs)))
+        outputs = tensors(model(*(t.to(dtype) if t.is_floating_point() else t for t in given)))
         sum(t.sin().sum() for t in outputs).backward()  # type: ignore[union-attr]
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         states.append(({key: p.grad for key, p in model.named_parameters()}, model.state_dict()))
-    assert_close(states[0], states[1], rtol=1e-8, atol=1e-9)
+    place.same(states[0], states[1], 18, rtol=1e-8, atol=1e-9)
     assert fastconv.fallback_counts() == before
 
 
@@ -233,10 +238,10 @@ def test_padding_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("run", [name for name in RUNS if name.startswith(("transformer", "gpt2"))])
-def test_token_by_token_as_all_at_once(run: str) -> None:
+def test_token_by_token_as_all_at_once(place: Any, run: str) -> None:
     name, config, make = RUNS[run]
-    model = models.create(name, **config).eval()
-    *source, target = make()
+    model = place(models.create(name, **config).eval())
+    *source, target = map(place, make())
     with torch.no_grad():
         whole = model(*source, target)
         state = model.start(*source)
@@ -244,7 +249,8 @@ def test_token_by_token_as_all_at_once(run: str) -> None:
             state = model._translation(*source)
         cuts = [0, 1, 2, 5, target.shape[1]]  # pieces of one and of several tokens
         for begin, end in itertools.pairwise(cuts):
-            assert_close(state(target[:, begin:end]), whole[:, end - 1], rtol=1e-4, atol=1e-5)
+            one, all_ = place.back((state(target[:, begin:end]), whole[:, end - 1]))
+            assert_close(one, all_, rtol=1e-4, atol=1e-5)
 
 
 def test_causal_mask() -> None:

@@ -256,8 +256,14 @@ def _draw(device: torch.device) -> int:
     """A key of 63 bits from torch's generator of that device: the same dropout for the same torch.manual_seed.
 
     A GPU's is asked for its seed and place, which the CPU knows, and moved on by what one of its own draws takes: nothing waits.
+    That happens once for each call, and a graph replays what was captured and calls nothing: it would drop the same every time.
     """
     if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{_OP}: dropout_p is above 0 while a CUDA graph is captured, whose every replay would drop the same weights, "
+                "since their key is drawn on the CPU: leave the call outside of the graph, or set dropout_p to 0"
+            )
         generator = torch.cuda.default_generators[device.index]
         place = generator.get_offset()
         generator.set_offset(place + 4)

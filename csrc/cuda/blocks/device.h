@@ -47,8 +47,22 @@ FC_DEVICE Layout& shared_memory() {
 
 // --- launching
 
+// In a debug build each launch waits for its kernel, so that what goes wrong there is reported at the call that did it.
+#ifdef NDEBUG
+inline constexpr bool kWaitForKernels = false;
+#else
+inline constexpr bool kWaitForKernels = true;
+#endif
+
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Throws what went wrong in kernels of the stream. One that is being captured runs nothing yet, and may not be waited for.
+inline void check_kernels(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  if (status == cudaStreamCaptureStatusNone) check_cuda(cudaStreamSynchronize(stream), "a kernel, or one before it");
 }
 
 // The device of a call is current while this lives.
@@ -78,7 +92,7 @@ struct Given {
 };
 
 // Starts blocks x threads threads on the call's stream and device. Throws std::runtime_error where the launch is refused; what
-// goes wrong while it runs is CUDA's to report, at the next synchronisation.
+// goes wrong while it runs is CUDA's to report, at the next synchronisation, which a debug build makes here.
 template <class... Parameters>
 void launch(const Context& context, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
             typename Given<Parameters>::type... arguments) {
@@ -95,6 +109,7 @@ void launch(const Context& context, void (*kernel)(Parameters...), int64_t block
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = static_cast<cudaStream_t>(context.stream);
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+  if constexpr (kWaitForKernels) check_kernels(config.stream);
 }
 
 }  // namespace fastconv::sm80

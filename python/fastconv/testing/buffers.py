@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -72,8 +73,10 @@ def _mask_strides(shape: tuple[int, ...], letters: str) -> tuple[tuple[int, ...]
 
 class Block:
     """``size`` bytes with canaries around them, or flush against a page that may not be touched: behind it (high) or
-    before it (low).
+    before it (low). ``whole`` is all of it, with its canaries; ``live`` are those that somebody holds.
     """
+
+    live: ClassVar[weakref.WeakSet[Block]] = weakref.WeakSet()
 
     def __init__(self, size: int, place: Place = "heap", align: int = 1) -> None:
         self.size = size
@@ -91,13 +94,14 @@ class Block:
             whole = view[PAGE : (pages + 1) * PAGE]
             whole[:] = CANARY
             start = 0 if place == "low" else (pages * PAGE - size) // align * align
-        self._whole, self._start = whole, start
+        self.whole, self._start = whole, start
         self.bytes = whole[start : start + size]
         self.address = int(whole.ctypes.data) + start
+        Block.live.add(self)
 
     def damage(self) -> str:
         """'' or what was written outside the block."""
-        before, after = self._whole[: self._start], self._whole[self._start + self.size :]
+        before, after = self.whole[: self._start], self.whole[self._start + self.size :]
         if not (before == CANARY).all():
             return f"wrote {self._start - int(np.argmax(before != CANARY))} bytes before its start"
         if not (after == CANARY).all():

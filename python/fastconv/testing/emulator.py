@@ -230,6 +230,10 @@ class Emulator:
     def explain(
         self, op: str, problem: Any, force: str = "", strict: bool = False, device: int = 0
     ) -> list[tuple[str, str, float]]:
+        if device < 0:
+            raise AssertionError(
+                f"{op} of operands on the CPU came to the emulated GPU, whose plan would be remembered for it"
+            )
         found = []
         for row, name in enumerate(self.names):
             if name.startswith(f"{op}.") and name.split(".")[2] == _DTYPES[problem.dtype]:
@@ -243,7 +247,7 @@ class Emulator:
         return found
 
     def plan(self, op: str, problem: Any, threads: int, force: str, strict: bool = False, device: int = 0) -> _Plan:
-        name, verdict, _ = min(self.explain(op, problem, force, strict), key=lambda row: row[2])
+        name, verdict, _ = min(self.explain(op, problem, force, strict, device), key=lambda row: row[2])
         if verdict:
             raise NotImplementedError(f"{name}: {verdict}")
         return _Plan(self, self.names.index(name), problem)
