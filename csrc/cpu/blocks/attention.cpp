@@ -26,14 +26,6 @@ FC_INLINE void fill_from(T* p, int64_t begin, int64_t end, T value) {
   for (int64_t j = begin; j < end; j += kLanes<T>) store(p + j, set1(value), int(end - j < kLanes<T> ? end - j : kLanes<T>));
 }
 
-// The absolute error is a rounding of 1, so a softcap adds a rounding of itself: what a score of that size has anyway.
-template <class T>
-FC_INLINE vec<T> tanh(vec<T> x) {
-  const vec<T> e = exp(abs(x) * set1(T(-2)));
-  const vec<T> size = (set1(T(1)) - e) / (set1(T(1)) + e);
-  return blend(is_nan(x), x, blend(greater(zero<T>(), x), zero<T>() - size, size));
-}
-
 // row[j] = numbers[j * step] in units of log 2, or that added to it.
 template <class S>
 FC_INLINE void bias_row(const void* numbers, int64_t offset, int64_t step, int64_t begin, int64_t end, compute_t<S>* row,
