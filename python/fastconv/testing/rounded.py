@@ -19,7 +19,7 @@ class Rounded(NDArrayOperatorsMixin):
 
     Every operation passes on the errors of its operands, times its derivatives, and adds its own: half an eps of a product or a
     quotient, counted as a whole one; one of both parts of a sum, for in which order three are added is a program's choice; two of
-    an exponential and three of a tanh, whose measured errors are below; for a matrix product what `tolerance.bound` allows to a sum.
+    an exponential and three of a tanh, whose measured errors are below; for a matrix product what `tolerance.bound` allows.
     """
 
     def __init__(self, value: Any, error: Any = 0.0) -> None:
