@@ -149,7 +149,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     from . import functional
 
     if op not in _CALLS:
-        raise NotImplementedError(f"{op} is asked by fastconv.models' layers and by no function; its one algorithm takes all")
+        raise NotImplementedError(
+            f"{op} is asked by fastconv.models' layers and by no function; its one algorithm takes all"
+        )
     name, wanted = _CALLS[op]
     weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
     if name == "conv2d" and isinstance(weight, torch.Tensor) and weight.dim() == 2:

@@ -4,6 +4,7 @@
 //   struct Cell {
 //     static constexpr int kGates;
 //     const T* dproduct() const;                                             // (L, B, kGates*H), which its calls write
+//     void fetch(int64_t row, const Units<T>&) const;                        // what the cell of a row will read from far away
 //     void operator()(const T* sum, int64_t row, const Units<T>&) const;     // sum: of a vector of units; absent in the last
 //     step void first(const T* sum, int64_t row, const Units<T>&) const;          // into the gradient of the state that came
 //     first
@@ -20,7 +21,7 @@ struct UnitPanels {
   EvenSplit vectors;
   int64_t H, depth;
   FC_INLINE UnitPanels(const RecurrentProblem& a, int gates)
-      : vectors((a.H + kLanes<T> - 1) / kLanes<T>, GemmTile::kMaxVectors), H(a.H), depth(gates * a.H) {}
+      : vectors((a.H + kLanes<T> - 1) / kLanes<T>, panel_vectors(a.B, GemmTile::kMaxVectors)), H(a.H), depth(gates * a.H) {}
 
   FC_INLINE const T* panel(const T* packed, int64_t block) const { return packed + vectors.begin(block) * kLanes<T> * depth; }
   FC_INLINE void pack(const T* w, int64_t block, T* packed) const {
@@ -52,6 +53,9 @@ FC_INLINE void run_steps_back(const RecurrentProblem& a, const RecurrentArgs& ar
       const int vectors = int(panels.vectors.size(block));
       for (int64_t row = 0; row < a.B; row += kStepRows) {
         const int64_t count = a.B - row < kStepRows ? a.B - row : kStepRows;
+        for (int64_t m = 0; step >= 0 && m < count; ++m) {
+          for (int v = 0; v < vectors; ++v) cell.fetch(row + m, Units<T>(a, panels.vectors.begin(block) + v));
+        }
         if (dproduct) {
           step_product(dproduct + row * panels.depth, panels.depth, count, panels.panel(packed, block), vectors, panels.depth,
                        kStride, sums);

@@ -2,7 +2,9 @@
 //
 //   struct Cell {
 //     static constexpr int kGates;
-//     // Row m of the state's products, [kGates][lanes], to the unit's next state.
+//     // What the cell of a row will read from far away.
+//     void fetch(int64_t row, int64_t place, const Units<T>& units) const;
+//     // A row of the state's products, [kGates][lanes], to the units' next state.
 //     void operator()(const T* sums, int64_t row, int64_t place, const Units<T>& units) const;
 //   };
 #pragma once
@@ -13,12 +15,12 @@
 
 namespace fastconv::FASTCONV_TARGET {
 
-// Gates are cut into panels that a tile's registers can hold: four vectors with AVX-512, twice two for LSTM with 16 registers.
+// A block's gates are cut into panels that a tile's registers can hold.
 template <class T, int kGates>
 struct GatePanels {
   EvenSplit parts;
   int64_t depth;
-  FC_INLINE explicit GatePanels(const RecurrentProblem& a) : parts(kGates, GemmTile::kMaxVectors), depth(a.H) {}
+  FC_INLINE explicit GatePanels(const RecurrentProblem& a) : parts(kGates, panel_vectors(a.B, kGates)), depth(a.H) {}
   FC_INLINE int64_t block_size() const { return kGates * kLanes<T> * depth; }
 
   // The panels of a block of units, one after the other: [part][depth][gate of the part][lane].
@@ -87,6 +89,7 @@ FC_INLINE void run_steps(const RecurrentProblem& a, const RecurrentArgs& args, c
       alignas(64) T sums[kStepRows * kGates * kLanes<T>];
       for (int64_t row = 0; row < a.B; row += kStepRows) {
         const int64_t count = a.B - row < kStepRows ? a.B - row : kStepRows;
+        for (int64_t m = 0; m < count; ++m) cell.fetch(row + m, place, units);
         if (in_place) {
           multiply_in_place(h + row * a.H, count, w, a.H, units, kGates, sums);
         } else {

@@ -27,6 +27,11 @@ struct Cell {
         B(a.B),
         H(a.H) {}
 
+  FC_INLINE void fetch(int64_t row, int64_t place, const Units<T>& units) const {
+    const T* const from = gates + (place * B + row) * kGates * H + units.unit;
+    for (int gate = 0; gate < kGates; ++gate) __builtin_prefetch(from + gate * H);
+  }
+
   FC_INLINE void operator()(const T* sums, int64_t row, int64_t place, const Units<T>& units) const {
     const int64_t at = place * B + row, unit = units.unit;
     const int n = units.n;

@@ -41,6 +41,12 @@ struct Cell {
 
   FC_INLINE const T* dproduct() const { return dgates; }
 
+  FC_INLINE void fetch(int64_t row, const Units<T>& units) const {
+    const int64_t at = place * B + row;
+    for (int i = 0; i < kKept; ++i) __builtin_prefetch(kept + (at * kKept + i) * H + units.unit);
+    __builtin_prefetch(dy + at * H + units.unit);
+  }
+
   FC_INLINE void operator()(const T* sum, int64_t row, const Units<T>& units) const {
     const int64_t at = place * B + row, unit = units.unit;
     const int n = units.n;
