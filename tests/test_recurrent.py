@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
 from fastconv.models.recurrent import GRU, LSTM
@@ -196,8 +197,9 @@ def test_under_autocast(name: str) -> None:
     ours, _ = twins(name, 6, 8, dtype=torch.float32)
     x = torch.randn(4, 2, 6)
     expected = ours(x)[0]
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), fastconv.observe() as records:
         found = ours(x)[0]
+    assert {r.dtype for r in records} == {"bf16"}
     assert (found - expected).abs().max() <= 16 * torch.finfo(torch.bfloat16).eps
 
 
@@ -237,6 +239,18 @@ def test_compiles_without_a_break(name: str) -> None:
     found, expected = compiled(*tensors), run(name, True, *tensors)[0].sin()
     assert_close(found, expected)
     assert_close(torch.autograd.grad(found.sum(), tensors), torch.autograd.grad(expected.sum(), tensors))
+
+
+def test_arithmetic_is_counted(name: str) -> None:
+    """The inputs' product and the state's; backward both for what went in and for weights."""
+    ours, _ = twins(name, 6, 8, dtype=torch.float32)
+    x = torch.randn(4, 2, 6, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y, _ = ours(x)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert forward == 2 * 4 * 2 * KINDS[name][2].gates * 8 * (6 + 8)
+    assert counter.get_total_flops() == 3 * forward
 
 
 # ---- The bound that kernels are tested with --------------------------------------------------------------------------------
