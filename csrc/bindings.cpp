@@ -132,6 +132,16 @@ void run_batch_norm(const AnyPlan& plan, const std::array<uintptr_t, 12>& a, std
       workspace, stream);
 }
 
+// In the order of RecurrentArgs, 0 for what is absent.
+void run_recurrent(const AnyPlan& plan, const std::array<uintptr_t, 14>& a, std::optional<uintptr_t> workspace,
+                   uintptr_t stream) {
+  run(plan,
+      RecurrentArgs{address<void>(a[0]), address<void>(a[1]), address<void>(a[2]), address<void>(a[3]), address<void>(a[4]),
+                    address<void>(a[5]), address<void>(a[6]), address<void>(a[7]), address<void>(a[8]), address<void>(a[9]),
+                    address<void>(a[10]), address<void>(a[11]), address<void>(a[12]), address<void>(a[13])},
+      workspace, stream);
+}
+
 template <class Problem>
 py::list explain(const std::string& op, const Problem& problem, const std::string& force, bool strict, int device) {
   py::list table;
@@ -308,6 +318,11 @@ void bind_problems(py::module_& m) {
                                      .eps = eps};
            }),
            py::kw_only(), "dtype"_a, "N"_a, "C"_a, "P"_a, "channels_last"_a, "training"_a, "residual"_a, "activation"_a, "eps"_a);
+  py::class_<RecurrentProblem>(m, "RecurrentProblem")
+      .def(py::init([](const std::string& dtype, int64_t L, int64_t B, int64_t H, bool reverse) {
+             return RecurrentProblem{.dtype = parse_dtype(dtype), .L = L, .B = B, .H = H, .reverse = reverse};
+           }),
+           py::kw_only(), "dtype"_a, "L"_a, "B"_a, "H"_a, "reverse"_a);
 }
 
 template <class Problem>
@@ -340,6 +355,7 @@ PYBIND11_MODULE(_C, m) {
   bind_selection<SdpaProblem>(m);
   bind_selection<NormProblem>(m);
   bind_selection<BatchNormProblem>(m);
+  bind_selection<RecurrentProblem>(m);
   py::class_<AnyPlan>(m, "Plan")
       .def_property_readonly("kernel", &AnyPlan::kernel)
       .def_property_readonly("workspace", &AnyPlan::workspace)
@@ -354,7 +370,8 @@ PYBIND11_MODULE(_C, m) {
       .def("run_pool2d", &run_pool2d, "x"_a, "y"_a, "indices"_a, "workspace"_a = py::none(), "stream"_a = 0)
       .def("run_sdpa", &run_sdpa, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0)
       .def("run_norm", &run_norm, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0)
-      .def("run_batch_norm", &run_batch_norm, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0);
+      .def("run_batch_norm", &run_batch_norm, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0)
+      .def("run_recurrent", &run_recurrent, "addresses"_a, "workspace"_a = py::none(), "stream"_a = 0);
   py::class_<Cascade>(m, "Cascade")
       .def(py::init(&cascade_of), "plans"_a)
       .def_property_readonly("rows", &Cascade::rows)

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import fastconv
 from fastconv import reference
 from fastconv.functional import scaled_dot_product_attention as sdpa
+from fastconv.ops._recorded_sdpa import record
 from fastconv.testing import harness
 from fastconv.testing.attention import SdpaCase
 from fastconv.testing.tolerance import peer_bound
@@ -437,3 +438,56 @@ def test_threads_and_batch_do_not_change_the_bits() -> None:
     torch.set_num_threads(3)
     assert torch.equal(sdpa(q, k, v)[1:2], alone)
     assert torch.equal(sdpa(q[1:2, :1, :1], k[1:2, :1], v[1:2, :1]), alone[:, :1, :1])
+
+
+@pytest.mark.parametrize("queries", [1, 64])
+def test_many_features_are_summed_in_chains(queries: int) -> None:
+    """A chain's error, relative to its sum, grows with the root of its length: of 512 features it is twice that of 128. Cut into
+    chains of 128 it stays, and half-way between is the root of 2.
+    """
+
+    def error(features: int) -> float:
+        q, k, v = (torch.randn(1, 4, rows, features) for rows in (queries, 512, 512))
+        truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        return float((sdpa(q, k, v) - truth).norm() / truth.norm())
+
+    torch.manual_seed(0)
+    assert sum(error(512) for _ in range(4)) < math.sqrt(2) * sum(error(128) for _ in range(4))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_recorded_calls_are_the_general_function_s(is_causal: bool, transposed: bool, scale: float | None) -> None:
+    """Bits, layout and derivatives of first and second order; who asks for the log-sum-exp takes the general way."""
+    shapes = (2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 6)
+    given = [torch.randn(s, dtype=torch.float64).transpose(1, 2) for s in shapes]
+    leaves = [leaf(t if transposed else t.contiguous()) for t in given]
+    g, options = torch.randn(2, 3, 5, 6, dtype=torch.float64), {"is_causal": is_causal, "scale": scale}
+    found = sdpa(*leaves, **options)
+    assert type(found.grad_fn).__name__ == "_PlainSdpaBackward"
+    general, _ = sdpa(*leaves, **options, return_lse=True)
+    with torch.no_grad():
+        alone = sdpa(*leaves, **options)
+    for other in (general, alone):
+        assert torch.equal(found, other)
+        assert found.stride() == other.stride()
+    plain = torch.autograd.grad(found, leaves, g, retain_graph=True)
+    first = torch.autograd.grad(found, leaves, g, create_graph=True)
+    expected = torch.autograd.grad(general, leaves, g, create_graph=True)
+    assert_close((plain, first), (expected, expected))
+    second = [torch.autograd.grad(sum(t.square().sum() for t in grads), leaves) for grads in (first, expected)]
+    assert_close(*second)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q[0], k[0], v[0]), lambda q, k, v: (q, k[:, :1], v[:, :1]), lambda q, k, v: (q[:1], k, v),
+        lambda q, k, v: (q, k.detach()[..., :3, :], v), lambda q, k, v: (q, k.double(), v),
+    ],
+)  # fmt: skip
+def test_what_is_not_recorded_at_once(change: Any) -> None:
+    q, k, v = change(*(torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)))
+    assert record(q, k, v, False, None) is None
+    assert record(*(torch.randn(1, 1, 2, 2, requires_grad=True) for _ in range(3)), 1, None) is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastconv
-from fastconv.bench import main, texts
+from fastconv.bench import main, sequences, texts
 from fastconv.bench.attention import Sdpa
 from fastconv.bench.cases import make
 from fastconv.bench.memory import peak_bytes
@@ -151,7 +151,24 @@ def test_texts_are_not_trained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "gpt2", "bert_base", "--list"]) == 0
     assert capsys.readouterr().out == "gpt2 n1: model infer gpt2 n1\nbert_base n1: model infer bert_base n1\n"
     assert main(["model", "gpt2", "--train"]) == 2
-    assert "--train is for networks for images, got gpt2" in capsys.readouterr().err
+    assert "--train is for networks for images, lstm and gru, got gpt2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", ["infer", "train"])
+@pytest.mark.parametrize("model", ["lstm", "gru"])
+def test_a_recurrent_model(model: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequences, "STEPS", 5)
+    result = run(sequences.RecurrentNetwork("model", direction, model=model, batch=2), SETTINGS)
+    assert [(c["who"], c["layout"]) for c in result["contestants"]] == [("torch", "nchw"), ("fastconv", "nchw")]
+    assert {c["status"] for c in result["contestants"]} <= {"ok", "noisy"}
+    assert f"{model}_fwd.steps.f32" in result["contestants"][1]["kernel"]
+
+
+def test_recurrent_models_are_not_fused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "lstm", "gru", "--train", "--batch", "2", "--list"]) == 0
+    assert capsys.readouterr().out == "lstm n2: model train lstm n2\ngru n2: model train gru n2\n"
+    assert main(["model", "lstm", "--fuse"]) == 2
+    assert "--fuse has nothing to fuse in lstm" in capsys.readouterr().err
 
 
 def test_no_model_is_verified_against_nothing() -> None:

@@ -11,8 +11,9 @@ from fastconv.testing import fill, grids, harness
 from fastconv.testing.attention import SDPA_OPS, SdpaCase
 from fastconv.testing.norm import NormCase
 from fastconv.testing.problems import AVG_POOL_OPS, CONV_OPS, MAX_POOL_OPS, Case, parse
+from fastconv.testing.recurrent import RECURRENT_OPS
 
-SAMPLE_OPS = ("conv2d_fwd", "conv2d_dgrad", *MAX_POOL_OPS, *AVG_POOL_OPS, *SDPA_OPS, "layer_norm_fwd")
+SAMPLE_OPS = ("conv2d_fwd", "conv2d_dgrad", *MAX_POOL_OPS, *AVG_POOL_OPS, *SDPA_OPS, "layer_norm_fwd", *RECURRENT_OPS)
 REPEATING_LAYOUTS = ("expand", "expand_y", "scalar_y", "shared", "scalar")
 # Squares overflow and products with anything are far from the sample's.
 HUGE = 3e37

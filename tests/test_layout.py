@@ -32,7 +32,16 @@ ISA_HEADERS = {"cstddef", "cstdint", "immintrin.h"}
 
 # What a module of the package may import: the modules of the lines above its own, and the package's own parts.
 LEVELS = [
-    {"_C", "_arguments", "_folding", "_padding", "_reference_attention", "_reference_norm", "fallback"},
+    {
+        "_C",
+        "_arguments",
+        "_folding",
+        "_padding",
+        "_reference_attention",
+        "_reference_norm",
+        "_reference_recurrent",
+        "fallback",
+    },
     {"_native", "reference"},
     {"_gpu"},
     {"_routes"},

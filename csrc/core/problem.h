@@ -196,4 +196,27 @@ struct BatchNormProblem {
   double eps;
 };
 
+// What is absent is null; all are contiguous. Forward reads gates (L, B, G*H), w (G*H, H), bias (G*H), h (B, H), LSTM's c (B, H)
+// and writes y (L, B, H), LSTM's last c, which may be the first one's memory, and where a backward pass will want it kept
+// (L, B, K*H): LSTM's i, f, g, o, c, GRU's r, z, n and the product that r scales. Backward reads w, h, c, y, kept, dy and LSTM's
+// dc_last and writes dgates, GRU's dproduct (L, B, 3*H), dh and LSTM's dc.
+struct RecurrentArgs {
+  void *gates, *w, *bias, *h, *c, *y, *c_last, *kept;
+  void *dy, *dc_last, *dgates, *dproduct, *dh, *dc;
+};
+
+// One layer of a recurrent network in one direction: L steps of B sequences with H hidden units. The inputs' products come as
+// gates, of which a unit has G = 4 (LSTM) or 3 (GRU), gate by gate as torch orders them. With p = w * h + bias:
+//
+//   LSTM  i, f, o = sigmoid(gates + p),  g = tanh(gates + p),  c' = f*c + i*g,  h' = o*tanh(c')
+//   GRU   r, z = sigmoid(gates + p),  n = tanh(gates + r*p),  h' = n + z*(h - n)
+//
+// and y holds every h'. In the gradients, dy is that of every h', dgates of the gates and dproduct of p, where they differ.
+struct RecurrentProblem {
+  using Args = RecurrentArgs;
+  Dtype dtype;
+  int64_t L, B, H;
+  bool reverse;  // the last step comes first
+};
+
 }  // namespace fastconv

@@ -19,6 +19,10 @@ using layer_norm_fwd_problem = NormProblem;
 using layer_norm_bwd_problem = NormProblem;
 using batch_norm_fwd_problem = BatchNormProblem;
 using batch_norm_bwd_problem = BatchNormProblem;
+using lstm_fwd_problem = RecurrentProblem;
+using lstm_bwd_problem = RecurrentProblem;
+using gru_fwd_problem = RecurrentProblem;
+using gru_bwd_problem = RecurrentProblem;
 
 // kernels.def is read once for each target that this build has: first to declare the constants, then to list them.
 #define FC_SYMBOL(op, algorithm, dtype) op##_##algorithm##_##dtype

@@ -14,7 +14,7 @@ struct Row {
   std::string name;  // op.algorithm.dtype.target
   Isa isa;
   std::variant<const Kernel<Conv2dProblem>*, const Kernel<Pool2dProblem>*, const Kernel<SdpaProblem>*, const Kernel<NormProblem>*,
-               const Kernel<BatchNormProblem>*>
+               const Kernel<BatchNormProblem>*, const Kernel<RecurrentProblem>*>
       kernel;
 };
 

@@ -91,6 +91,12 @@ double nominal_cost(const std::string&, const Kernel<BatchNormProblem>& kernel, 
   return kernel.cost(problem, machine);
 }
 
+double nominal_cost(const std::string&, const Kernel<RecurrentProblem>& kernel, RecurrentProblem problem,
+                    const Machine& machine) {
+  problem.B = kNominalBatch;
+  return kernel.cost(problem, machine);
+}
+
 }  // namespace
 
 template <class Problem>
@@ -148,10 +154,12 @@ template std::vector<Candidate> candidates(const std::string&, const Pool2dProbl
 template std::vector<Candidate> candidates(const std::string&, const SdpaProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const NormProblem&, const Wish&);
 template std::vector<Candidate> candidates(const std::string&, const BatchNormProblem&, const Wish&);
+template std::vector<Candidate> candidates(const std::string&, const RecurrentProblem&, const Wish&);
 template Plan<Conv2dProblem> choose(const std::string&, const Conv2dProblem&, int, const Wish&);
 template Plan<Pool2dProblem> choose(const std::string&, const Pool2dProblem&, int, const Wish&);
 template Plan<SdpaProblem> choose(const std::string&, const SdpaProblem&, int, const Wish&);
 template Plan<NormProblem> choose(const std::string&, const NormProblem&, int, const Wish&);
 template Plan<BatchNormProblem> choose(const std::string&, const BatchNormProblem&, int, const Wish&);
+template Plan<RecurrentProblem> choose(const std::string&, const RecurrentProblem&, int, const Wish&);
 
 }  // namespace fastconv

@@ -66,6 +66,9 @@ class AnyPlan {
   void run(const BatchNormArgs& args, void* workspace, void* stream = nullptr) const {
     run(std::get<Plan<BatchNormProblem>>(plan_), args, workspace, stream);
   }
+  void run(const RecurrentArgs& args, void* workspace, void* stream = nullptr) const {
+    run(std::get<Plan<RecurrentProblem>>(plan_), args, workspace, stream);
+  }
 
  private:
   template <class Problem>
@@ -87,7 +90,9 @@ class AnyPlan {
   }
 
   AllWritten written_;
-  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>, Plan<NormProblem>, Plan<BatchNormProblem>> plan_;
+  std::variant<Plan<Conv2dProblem>, Plan<Pool2dProblem>, Plan<SdpaProblem>, Plan<NormProblem>, Plan<BatchNormProblem>,
+               Plan<RecurrentProblem>>
+      plan_;
 };
 
 }  // namespace fastconv

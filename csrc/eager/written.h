@@ -49,4 +49,12 @@ inline AllWritten written(std::string_view op, const BatchNormProblem& p) {
   return {{{8, bytes}, {9, bytes}}};
 }
 
+inline AllWritten written(std::string_view op, const RecurrentProblem& p) {
+  const int64_t bytes = p.L * p.B * p.H * size_of(p.dtype);
+  if (op == "lstm_fwd") return {{{5, bytes}, {7, 5 * bytes}}};
+  if (op == "gru_fwd") return {{{5, bytes}, {7, 4 * bytes}}};
+  if (op == "lstm_bwd") return {{{10, 4 * bytes}}};
+  return {{{10, 3 * bytes}, {11, 3 * bytes}}};
+}
+
 }  // namespace fastconv

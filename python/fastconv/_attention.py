@@ -22,6 +22,7 @@ from ._routes import autocast, check_one_device, for_torch, overridden
 from .ops import sdpa as ops
 from .ops._dispatch import WITH_HALVES, computed_in
 from .ops._eager import native
+from .ops._recorded_sdpa import record
 
 _OP = "scaled_dot_product_attention"
 _dynamo = torch.compiler.is_dynamo_compiling
@@ -106,8 +107,11 @@ def scaled_dot_product_attention(
     is of the wrong kind, NotImplementedError where an option that torch has not meets tensors that only torch can serve.
     """
     ordinary = attn_mask is None and dropout_p == 0.0 and not return_lse and softcap is None and window is None
-    if ordinary and relative_bias is None and alibi_slopes is None and sinks is None and not _dynamo():
-        out = None if _asked.get() is not None else _eager_sdpa(query, key, value, is_causal, scale, enable_gqa)
+    ordinary = ordinary and relative_bias is None and alibi_slopes is None and sinks is None
+    if ordinary and not _dynamo() and _asked.get() is None:
+        out = _eager_sdpa(query, key, value, is_causal, scale, enable_gqa)
+        if out is None and enable_gqa is False:
+            out = record(query, key, value, is_causal, scale)
         if out is not None:
             return out  # type: ignore[no-any-return]
     given = {

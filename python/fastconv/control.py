@@ -140,13 +140,18 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     `max_pool2d`, `avg_pool2d`, `scaled_dot_product_attention`, `layer_norm` or `batch_norm`, for the gradients too: what is then
     explained is the backward pass of that call. No kernel runs. Choices by `use`, `set_accuracy` and the number of threads count.
 
-    Raises ValueError for an unknown op, NotImplementedError for a call that torch answers, and what the call itself would raise.
+    Raises ValueError for an unknown op, NotImplementedError for one that no function asks and for a call that torch answers, and
+    what the call itself would raise.
     """
     plan.check_op(op)
     import torch
 
     from . import functional
 
+    if op not in _CALLS:
+        raise NotImplementedError(
+            f"{op} is asked by fastconv.models' layers and by no function; its one algorithm takes all"
+        )
     name, wanted = _CALLS[op]
     weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
     if name == "conv2d" and isinstance(weight, torch.Tensor) and weight.dim() == 2:

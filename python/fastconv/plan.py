@@ -21,6 +21,15 @@ from . import _native
 
 if TYPE_CHECKING:
     from . import _C
+
+    Problem = (
+        _C.Conv2dProblem
+        | _C.Pool2dProblem
+        | _C.SdpaProblem
+        | _C.NormProblem
+        | _C.BatchNormProblem
+        | _C.RecurrentProblem
+    )
 else:
     _C = _native.load()
 
@@ -44,6 +53,10 @@ OPS = (
     "layer_norm_bwd",
     "batch_norm_fwd",
     "batch_norm_bwd",
+    "lstm_fwd",
+    "lstm_bwd",
+    "gru_fwd",
+    "gru_bwd",
 )
 
 
@@ -92,7 +105,8 @@ class Plan:
     """One problem with the kernel chosen for it.
 
     `execute(*addresses)` runs it, with its operands in the order of `_C.Plan.run_conv2d`, `run_pool2d`, `SdpaArgs`,
-    `NormArgs` or `BatchNormArgs`, the workspace left out: the compiled module has scratch memory of its own for each thread.
+    `NormArgs`, `BatchNormArgs` or `RecurrentArgs`, the workspace left out: the compiled module has scratch memory of its own
+    for each thread.
     """
 
     __slots__ = ("dtype", "kernel", "native", "packed", "question", "run", "shapes", "workspace")
@@ -110,6 +124,8 @@ class Plan:
             self.run = lambda *addresses: native.run_norm(addresses)
         elif question[0].startswith("batch_norm"):
             self.run = lambda *addresses: native.run_batch_norm(addresses)
+        elif question[0].startswith(("lstm", "gru")):
+            self.run = lambda *addresses: native.run_recurrent(addresses)
         self.dtype = dtype
         self.shapes = shapes
 
@@ -262,9 +278,15 @@ def batch_norm_problem(
     )  # fmt: skip
 
 
+def recurrent_problem(dtype: str, sizes: tuple[int, int, int], reverse: bool) -> _C.RecurrentProblem:
+    """Sizes: steps, sequences, hidden units (L, B, H). `reverse`: the last step comes first."""
+    L, B, H = sizes
+    return _C.RecurrentProblem(dtype=dtype, L=L, B=B, H=H, reverse=reverse)
+
+
 def make(
     op: str,
-    problem: _C.Conv2dProblem | _C.Pool2dProblem | _C.SdpaProblem | _C.NormProblem | _C.BatchNormProblem,
+    problem: Problem,
     dtype: str,
     shapes: tuple[Shape, ...],
     threads: int,

@@ -24,6 +24,7 @@ from ._reference_norm import batch_norm as batch_norm
 from ._reference_norm import batch_norm_bwd as batch_norm_bwd
 from ._reference_norm import layer_norm as layer_norm
 from ._reference_norm import layer_norm_bwd as layer_norm_bwd
+from ._reference_recurrent import RECURRENT as RECURRENT
 
 Array = NDArray[np.float64]
 Input = NDArray[Any]

@@ -2,9 +2,9 @@
 //
 // Worst error measured, in units of the last place of the result, float (every 7th number up to 110 in magnitude) and double
 // (2 million points to 750; gelu 18 thousand), the largest of the three ISAs: relu, relu6 0; sigmoid 2.4, 2.3; silu 3.4, 2.8;
-// hardswish 2.5, 2.5; gelu 5.9, 4.9; gelu_tanh 2.9, 2.8 down to x = -1. Where exp(-|x|) is denormal, silu's error is |x| / 2
-// denormal steps (1e-43 in float). Below -1 gelu_tanh's is 2.7 * (1 + |2u|), which is what rounding 2u does to exp(2u): 14 at -3,
-// 34 at -5 (4e-6 of the result), where torch's own form is off by 30 %.
+// hardswish 2.5, 2.5; tanh 2.7, 2.9; gelu 5.9, 4.9; gelu_tanh 2.9, 2.8 down to x = -1. Where exp(-|x|) is denormal, silu's error
+// is |x| / 2 denormal steps (1e-43 in float). Below -1 gelu_tanh's is 2.7 * (1 + |2u|), which is what rounding 2u does to
+// exp(2u): 14 at -3, 34 at -5 (4e-6 of the result), where torch's own form is off by 30 %.
 #pragma once
 
 #include "core/problem.h"
@@ -24,6 +24,22 @@ template <class T>
 FC_INLINE vec<T> times_sigmoid(vec<T> numerator, vec<T> x) {
   const vec<T> e = exp(zero<T>() - abs(x));
   return blend(greater(zero<T>(), x), numerator * e, numerator) / (set1(T(1)) + e);
+}
+
+template <class T>
+FC_INLINE vec<T> sigmoid(vec<T> x) {
+  return times_sigmoid(set1(T(1)), x);
+}
+
+// -m / (2 + m) with m = exp(-2|x|) - 1 = 2^n * exp(r) - 1, where 1 + r*slope is taken apart so that a small x keeps its digits.
+template <class T>
+FC_INLINE vec<T> tanh(vec<T> x) {
+  constexpr T kOneFrom = sizeof(T) == 4 ? T(10) : T(20);  // the result is 1 from here on
+  const ExpArgument<T> argument(set1(T(-2)) * min(set1(kOneFrom), abs(x)));
+  const vec<T> power = exp2_integral(argument.n);
+  const vec<T> m = fma(power, argument.r * argument.slope(), power - set1(T(1)));
+  const vec<T> t = m / (set1(T(2)) + m);
+  return blend(greater(x, zero<T>()), zero<T>() - t, t);
 }
 
 // The probability that a standard normal variable is below -a, for a >= 0.

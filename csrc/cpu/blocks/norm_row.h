@@ -37,18 +37,4 @@ FC_INLINE void sum_row(int64_t C, const Term& term, T& first, T& second) {
   second = reduce_add(total_b);
 }
 
-// A whole vector, or the first n lanes and zeros; n is a constant where it is lanes.
-template <class T>
-FC_INLINE vec<T> load_some(const T* p, int n) {
-  return n == kLanes<T> ? load(p) : load(p, n);
-}
-template <class T>
-FC_INLINE void store_some(T* p, vec<T> a, int n) {
-  if (n == kLanes<T>) {
-    store(p, a);
-  } else {
-    store(p, a, n);
-  }
-}
-
 }  // namespace fastconv::FASTCONV_TARGET

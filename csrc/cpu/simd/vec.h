@@ -133,6 +133,20 @@ FC_INLINE void index_store(typename int_of<T>::type* p, index_vec<T> a) {
 
 namespace fastconv::FASTCONV_TARGET {
 
+// A whole vector, or the first n lanes and zeros; n is a constant where it is lanes.
+template <class T>
+FC_INLINE vec<T> load_some(const T* p, int n) {
+  return n == kLanes<T> ? load(p) : load(p, n);
+}
+template <class T>
+FC_INLINE void store_some(T* p, vec<T> a, int n) {
+  if (n == kLanes<T>) {
+    store(p, a);
+  } else {
+    store(p, a, n);
+  }
+}
+
 // The first n lanes of the strided sequence p[0], p[step], ...; the other lanes are zero. n may be anything: it is clamped.
 template <class T>
 FC_INLINE vec<T> load_strided(const T* p, int64_t step, int n) {

@@ -28,8 +28,8 @@ targets:
   resnet50 …            every distinct layer of a model, with how often it occurs
   3x3 | depthwise | grouped | rectangular | dilated
                         the convolutions of that kind of the networks that have them
-  model resnet50 …      the whole converted model (gpt2 and bert_base too, on 128 tokens); with --train a training step
-                        (forward, backward, SGD)
+  model resnet50 …      the whole converted model (gpt2 and bert_base too, on 128 tokens, lstm and gru, on 128 steps);
+                        with --train a training step (forward, backward, SGD)
   call                  what a call on a tiny problem costs
   lengths               attention over its length: time, peak memory, a picture (fastconv bench lengths --help)
   readme                rewrite the results table of a README from a JSON file (fastconv bench readme --help)
@@ -307,6 +307,7 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
     from fastconv.bench.calls import call_cases
     from fastconv.bench.families import FAMILIES, family_cases
     from fastconv.bench.networks import Network, layer_cases
+    from fastconv.bench.sequences import GATES, RecurrentNetwork
     from fastconv.bench.texts import LENGTHS, TextNetwork
     from fastconv.models import names
 
@@ -321,14 +322,17 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
         raise UsageError("--frozen is for the forward of layers; a model's weights are frozen with 'model' and --fuse")
     if targets[0] == "model":
         for model in targets[1:] or ["resnet50"]:
-            if model not in (*known, *LENGTHS):
-                raise UsageError(f"no model named {model!r}, expected some of {', '.join([*known, *LENGTHS])}")
+            if model not in (*known, *LENGTHS, *GATES):
+                expected = ", ".join([*known, *LENGTHS, *GATES])
+                raise UsageError(f"no model named {model!r}, expected some of {expected}")
             if model in LENGTHS and args.train:
-                raise UsageError(f"--train is for networks for images, got {model}")
+                raise UsageError(f"--train is for networks for images, lstm and gru, got {model}")
+            if model in GATES and args.fuse:
+                raise UsageError(f"--fuse has nothing to fuse in {model}")
             for batch in args.batch or (8 if args.train else 1,):
                 direction = "train" if args.train else "infer"
                 options = {"model": model, "batch": batch, "fused": args.fuse}
-                kind = TextNetwork if model in LENGTHS else Network
+                kind = TextNetwork if model in LENGTHS else RecurrentNetwork if model in GATES else Network
                 network = kind("model", direction, args.dtype, args.seed, **options)
                 found.append((f"{model} n{batch}", network))
         return found

@@ -1,9 +1,10 @@
-"""LSTM and GRU on fastconv's linear layers, with torch's parameters, options and results.
+"""LSTM and GRU on fastconv's kernels, with torch's parameters, options and results.
 
     Hochreiter, Schmidhuber: Long short-term memory, 1997
     Cho et al.: Learning phrase representations using RNN encoder-decoder, 2014
 
-The inputs of all steps go through one matrix product, and each step is one small product and a few operations on its gates.
+The inputs of all steps go through one matrix product, and all steps of a layer through one kernel (docs/kernels/recurrent.md).
+Projections, halves and what transforms the call run step by step, on linear layers and torch's elementwise operations.
 """
 
 from __future__ import annotations
@@ -18,51 +19,41 @@ from fastconv import functional as F
 from fastconv import nn as ours
 from fastconv.fallback import note
 from fastconv.models.layers import Layers
-
-State = tuple[Tensor, ...]
-# One step: what the inputs give to the gates (B, G·H), the state, and a product with the recurrent weights.
-Cell = Callable[[Tensor, State, Callable[[Tensor], Tensor]], State]
-
-
-def lstm_cell(gates: Tensor, state: State, recur: Callable[[Tensor], Tensor]) -> State:
-    """(h, c) of the next step. Gates in torch's order: input, forget, cell, output."""
-    h, c = state
-    enter, forget, new, out = (gates + recur(h)).chunk(4, 1)
-    c = forget.sigmoid() * c + enter.sigmoid() * new.tanh()
-    return out.sigmoid() * c.tanh(), c
+from fastconv.ops import recurrent as ops
+from fastconv.ops._dispatch import DTYPES
+from fastconv.ops._recurrent_composed import State, by_steps
 
 
-def gru_cell(gates: Tensor, state: State, recur: Callable[[Tensor], Tensor]) -> State:
-    """(h,) of the next step. Gates in torch's order: reset, update, new; reset is applied behind the product, as in cuDNN."""
-    (h,) = state
-    reset_x, update_x, new_x = gates.chunk(3, 1)
-    reset_h, update_h, new_h = recur(h).chunk(3, 1)
-    update = (update_x + update_h).sigmoid()
-    new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
-    return (new + update * (h - new),)
-
-
-def _direction(module: Any, x: Tensor, state: State, cell: Cell, suffix: str, backwards: bool) -> tuple[Tensor, State]:
+def _direction(
+    module: Any, x: Tensor, state: State, kind: ops.Kind, suffix: str, backwards: bool
+) -> tuple[Tensor, State]:
     """One layer in one direction over x (L, B, inputs): outputs (L, B, outputs) and the last state."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     w_ih, w_hh, b_ih, b_hh, w_hr = (getattr(module, f"{name}_{suffix}", None) for name in names)
     assert w_ih is not None
     assert w_hh is not None
-    gates = F.linear(x, w_ih, b_ih)
+    if w_hr is None and _whole(x, w_ih, w_hh, b_ih, b_hh, *state):
+        return ops.layer(kind, x, (w_ih, w_hh), (b_ih, b_hh), state, backwards)
 
     def recur(h: Tensor) -> Tensor:
         return F.linear(h, w_hh, b_hh)
 
-    outputs: list[Tensor] = []
-    for step in reversed(gates.unbind(0)) if backwards else gates.unbind(0):
-        state = cell(step, state, recur)
-        if w_hr is not None:
-            state = F.linear(state[0], w_hr), *state[1:]
-        outputs.append(state[0])
-    return torch.stack(outputs[::-1] if backwards else outputs), state
+    project = None if w_hr is None else lambda h: F.linear(h, w_hr)
+    return by_steps(kind.cell, F.linear(x, w_ih, b_ih), state, recur, project, backwards)
 
 
-def _run(module: Any, input: Tensor, states: tuple[Tensor, ...], cell: Cell) -> tuple[Tensor, list[State]]:
+def _whole(*tensors: Tensor | None) -> bool:
+    """Whether one kernel takes all steps: CPU tensors of one dtype that it computes in, of which none is empty."""
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    first = tensors[0]
+    assert first is not None
+    return first.dtype in DTYPES and all(
+        t is None or (t.is_cpu and t.dtype is first.dtype and t.numel() > 0) for t in tensors
+    )
+
+
+def _run(module: Any, input: Tensor, states: tuple[Tensor, ...], kind: ops.Kind) -> tuple[Tensor, list[State]]:
     """All layers and directions over input (L, B, inputs), from states each (layers·directions, B, ·)."""
     finals: list[State] = []
     x = input
@@ -71,7 +62,7 @@ def _run(module: Any, input: Tensor, states: tuple[Tensor, ...], cell: Cell) -> 
         for direction in range(2 if module.bidirectional else 1):
             start = tuple(state[len(finals)] for state in states)
             suffix = f"l{layer}" + "_reverse" * direction
-            y, final = _direction(module, x, start, cell, suffix, direction == 1)
+            y, final = _direction(module, x, start, kind, suffix, direction == 1)
             outputs.append(y)
             finals.append(final)
         x = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
@@ -90,7 +81,9 @@ def _steps(module: Any, input: Tensor) -> tuple[Tensor, bool]:
     return (input.transpose(0, 1) if module.batch_first else input), False
 
 
-def _forward(module: Any, input: Tensor, given: tuple[Tensor, ...] | None, widths: tuple[int, ...], cell: Cell) -> Any:
+def _forward(
+    module: Any, input: Tensor, given: tuple[Tensor, ...] | None, widths: tuple[int, ...], kind: ops.Kind
+) -> Any:
     """Output and final states, in the shapes that torch's forward returns."""
     x, single = _steps(module, input)
     count = module.num_layers * (2 if module.bidirectional else 1)
@@ -102,7 +95,7 @@ def _forward(module: Any, input: Tensor, given: tuple[Tensor, ...] | None, width
         states = tuple(state[:, None] if single and state.dim() == 2 else state for state in given)
     # torch's own checks, which name what they got.
     module.check_forward_args(x if not module.batch_first else x.transpose(0, 1), _as_hidden(states), None)
-    y, finals = _run(module, x, states, cell)
+    y, finals = _run(module, x, states, kind)
     last = tuple(torch.stack([final[i] for final in finals]) for i in range(len(widths)))
     if single:
         return y[:, 0], tuple(state[:, 0] for state in last)
@@ -122,7 +115,7 @@ def _packed(module: nn.Module, input: Any) -> bool:
 
 
 class LSTM(nn.LSTM):
-    """`torch.nn.LSTM` on fastconv's linear layers: (L, B, inputs), or (B, L, inputs) with batch_first, to outputs, (h, c).
+    """`torch.nn.LSTM` on fastconv's kernels: (L, B, inputs), or (B, L, inputs) with batch_first, to outputs, (h, c).
 
     All options of torch's; packed sequences go to torch. Raises what torch raises for shapes that do not fit.
     """
@@ -131,11 +124,11 @@ class LSTM(nn.LSTM):
         if _packed(self, input):
             return super().forward(input, hx)
         widths = self.proj_size or self.hidden_size, self.hidden_size
-        return _forward(self, input, hx, widths, lstm_cell)
+        return _forward(self, input, hx, widths, ops.LSTM)
 
 
 class GRU(nn.GRU):
-    """`torch.nn.GRU` on fastconv's linear layers: (L, B, inputs), or (B, L, inputs) with batch_first, to outputs and h.
+    """`torch.nn.GRU` on fastconv's kernels: (L, B, inputs), or (B, L, inputs) with batch_first, to outputs and h.
 
     All options of torch's; packed sequences go to torch. Raises what torch raises for shapes that do not fit.
     """
@@ -143,7 +136,7 @@ class GRU(nn.GRU):
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         if _packed(self, input):
             return super().forward(input, hx)
-        y, (h,) = _forward(self, input, None if hx is None else (hx,), (self.hidden_size,), gru_cell)
+        y, (h,) = _forward(self, input, None if hx is None else (hx,), (self.hidden_size,), ops.GRU)
         return y, h
 
 
@@ -152,12 +145,12 @@ def _on(layers: Layers) -> bool:
 
 
 def lstm(layers: Layers, *, input_size: int = 128, hidden_size: int = 256, **options: Any) -> nn.Module:
-    """An LSTM on the namespace's linear layers: torch's own where they are torch's. The options are those of torch.nn.LSTM."""
+    """An LSTM on our kernels, torch's own where the namespace's layers are torch's. The options are those of torch.nn.LSTM."""
     return (LSTM if _on(layers) else nn.LSTM)(input_size, hidden_size, **options)
 
 
 def gru(layers: Layers, *, input_size: int = 128, hidden_size: int = 256, **options: Any) -> nn.Module:
-    """A GRU on the namespace's linear layers: torch's own where they are torch's. The options are those of torch.nn.GRU."""
+    """A GRU on our kernels, torch's own where the namespace's layers are torch's. The options are those of torch.nn.GRU."""
     return (GRU if _on(layers) else nn.GRU)(input_size, hidden_size, **options)
 
 

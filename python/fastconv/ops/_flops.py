@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import recurrent  # noqa: F401 - registers its ops, which no function needs
 from ._conv2d_kernels import output_size
 
 Sizes = Sequence[int]
@@ -53,3 +54,23 @@ def _linear_dgrad(dy: Sizes, w: Sizes, *_: Any, **__: Any) -> int:
 @register_flop_formula(_ops.linear_wgrad)
 def _linear_wgrad(dy: Sizes, x: Sizes, *_: Any, **__: Any) -> int:
     return 2 * math.prod(dy) * x[-1]
+
+
+@register_flop_formula(_ops.lstm_fwd)
+def _lstm_fwd(gates: Sizes, h: Sizes, c: Sizes, w: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(gates) * w[1]
+
+
+@register_flop_formula(_ops.gru_fwd)
+def _gru_fwd(gates: Sizes, h: Sizes, w: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(gates) * w[1]
+
+
+@register_flop_formula(_ops.lstm_bwd)
+def _lstm_bwd(dy: Sizes, dc: Any, w: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(dy) * w[0]
+
+
+@register_flop_formula(_ops.gru_bwd)
+def _gru_bwd(dy: Sizes, w: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(dy) * w[0]

@@ -36,7 +36,8 @@ def strides_of(shape: tuple[int, ...], layout: str) -> tuple[tuple[int, ...], in
     channels, slice is nhwc with the channels cut from wider ones, step takes every other column, turned has H and W
     exchanged, expand repeats one image and one row, scalar repeats one element. Weights (K, C, R, S): kcrs, krsc, ckrs,
     and flip, which is kcrs read backwards. Attention's (B, H, L, D): heads is (B, L, H, D) in memory, shared repeats one
-    batch element. Masks (B, H, Lq, Lkv): mask_ and the letters of bhqk that are not broadcast.
+    batch element. Masks (B, H, Lq, Lkv): mask_ and the letters of bhqk that are not broadcast. Recurrent layers'
+    (N, L, width, 1): steps is (L, N, width) in memory.
     """
     a, b, c, d = shape
     if layout.startswith("mask_"):
@@ -44,6 +45,7 @@ def strides_of(shape: tuple[int, ...], layout: str) -> tuple[tuple[int, ...], in
     strides = {
         "heads": (b * c * d, d, b * d, 1),
         "shared": (0, c * d, d, 1),
+        "steps": (c * d, a * c * d, d, 1),
         "nchw": (b * c * d, c * d, d, 1),
         "nhwc": (b * c * d, 1, d * b, b),
         "rows": (b * (c + 2) * (d + 3), (c + 2) * (d + 3), d + 3, 1),

@@ -11,6 +11,7 @@ from fastconv.testing.attention import sdpa_grid
 from fastconv.testing.batch_norm import batch_norm_grid
 from fastconv.testing.norm import norm_grid
 from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
+from fastconv.testing.recurrent import recurrent_grid
 
 # Around the widths of vectors (4, 8, 16 lanes), of register tiles (14, 28, 32, 48, 64) and their remainders.
 EDGES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
@@ -321,6 +322,8 @@ def grid(op: str) -> tuple[Case, ...]:
         "sdpa": sdpa_grid,
         "layer_norm": norm_grid,
         "batch_norm": batch_norm_grid,
+        "lstm": recurrent_grid,
+        "gru": recurrent_grid,
     }
     cases = next((make for name, make in grids.items() if op.startswith(name)), pool_grid)()
     return tuple(case for case in cases if op in case.ops)

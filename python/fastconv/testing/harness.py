@@ -21,6 +21,8 @@ from fastconv.testing.buffers import CANARY, Block, Operand, Place, strides_of
 from fastconv.testing.norm import OPERANDS as NORM_OPERANDS
 from fastconv.testing.norm import NormCase, native_norm, norm_inputs, norm_truth
 from fastconv.testing.problems import LAYOUTS, Case, ConvCase, PoolCase
+from fastconv.testing.recurrent import OPERANDS as RECURRENT_OPERANDS
+from fastconv.testing.recurrent import RecurrentCase, native_recurrent, recurrent_inputs, recurrent_truth
 
 Array = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
@@ -59,8 +61,8 @@ def native() -> Any:
     return _stand_in or _native.load()
 
 
-class _Norm(NamedTuple):
-    """What the harness asks of a normalisation's cases."""
+class _Dense(NamedTuple):
+    """What the harness asks of cases whose operands are dense."""
 
     problem: Callable[..., Any]
     inputs: Callable[..., Arrays]
@@ -69,10 +71,13 @@ class _Norm(NamedTuple):
     run: str
 
 
-NORM_CASES = (NormCase, BatchNormCase)
-_NORMS: dict[type, _Norm] = {
-    NormCase: _Norm(native_norm, norm_inputs, norm_truth, NORM_OPERANDS, "run_norm"),
-    BatchNormCase: _Norm(native_batch_norm, batch_norm_inputs, batch_norm_truth, BATCH_NORM_OPERANDS, "run_batch_norm"),
+DENSE_CASES = (NormCase, BatchNormCase, RecurrentCase)
+_DENSE: dict[type, _Dense] = {
+    NormCase: _Dense(native_norm, norm_inputs, norm_truth, NORM_OPERANDS, "run_norm"),
+    BatchNormCase: _Dense(
+        native_batch_norm, batch_norm_inputs, batch_norm_truth, BATCH_NORM_OPERANDS, "run_batch_norm"
+    ),
+    RecurrentCase: _Dense(native_recurrent, recurrent_inputs, recurrent_truth, RECURRENT_OPERANDS, "run_recurrent"),
 }
 
 
@@ -99,8 +104,8 @@ def native_problem(case: Case, dtype: str) -> Any:
     """The case as the compiled module's problem, with the strides of its layout."""
     if isinstance(case, SdpaCase):
         return native_sdpa(native(), case, dtype)
-    if isinstance(case, NORM_CASES):
-        return _NORMS[type(case)].problem(native(), case, dtype)
+    if isinstance(case, DENSE_CASES):
+        return _DENSE[type(case)].problem(native(), case, dtype)
     formats = LAYOUTS[case.layout]
     x = _strides(case.x_shape, formats[0])
     y = _strides(case.y_shape, formats[2])
@@ -140,8 +145,8 @@ def make_inputs(op: str, case: Case, values: fill.Fill = fill.normal) -> Arrays:
     """Logical arrays of what the op reads, the same for every dtype. Elements that a layout repeats are repeated."""
     if isinstance(case, SdpaCase):
         return sdpa_inputs(op, case, values)
-    if isinstance(case, NORM_CASES):
-        return _NORMS[type(case)].inputs(op, case, values)
+    if isinstance(case, DENSE_CASES):
+        return _DENSE[type(case)].inputs(op, case, values)
     formats = LAYOUTS[case.layout]
     shapes = {"x": (case.x_shape, formats[0]), "y": (case.y_shape, formats[2])}
     if isinstance(case, ConvCase):
@@ -254,9 +259,9 @@ def _problem_data(op: str, case: Case, values: fill.Fill, dtype: str) -> tuple[A
         inputs = sdpa_inputs(op, case, values, dtype)
         outputs, allowed, rounding = sdpa_truth(op, case, inputs)
         return inputs, Truth(outputs, allowed, rounding=rounding)
-    if isinstance(case, NORM_CASES):
-        inputs = _NORMS[type(case)].inputs(op, case, values, dtype)
-        return inputs, Truth(*_NORMS[type(case)].truth(op, case, inputs, dtype))
+    if isinstance(case, DENSE_CASES):
+        inputs = _DENSE[type(case)].inputs(op, case, values, dtype)
+        return inputs, Truth(*_DENSE[type(case)].truth(op, case, inputs, dtype))
     inputs = {n: v if n == "indices" else tolerance.stored(v, dtype) for n, v in make_inputs(op, case, values).items()}
     with np.errstate(invalid="ignore"):
         truth = _conv_truth(op, case, inputs) if isinstance(case, ConvCase) else _pool_truth(op, case, inputs)
@@ -327,9 +332,9 @@ def run(
             "dbias",
         )
         plan.run_sdpa([address.get(name, 0) for name in every], scratch_address)
-    elif isinstance(case, NORM_CASES):
-        norm = _NORMS[type(case)]
-        getattr(plan, norm.run)([address.get(name, 0) for name in norm.operands], scratch_address)
+    elif isinstance(case, DENSE_CASES):
+        dense = _DENSE[type(case)]
+        getattr(plan, dense.run)([address.get(name, 0) for name in dense.operands], scratch_address)
     else:
         plan.run_pool2d(*(address.get(name, 0) for name in ("x", "y", "indices")), scratch_address)
     for name, memory in memories.items():
@@ -359,12 +364,13 @@ def _operands(op: str, case: Case, dtype: str, inputs: Arrays, place: Place) -> 
             data |= {n: tolerance.encode_bf16(v) for n, v in inputs.items() if n in case.stored}
         with np.errstate(over="ignore"):  # large neighbours, in f16
             return {n: Operand.make(case.shapes[n][0], kinds[n], case.shapes[n][1], place, data.get(n)) for n in kinds}
-    if isinstance(case, NORM_CASES):
+    if isinstance(case, DENSE_CASES):
         kinds = {n: kind if n in case.stored else wide for n in case.operands(op)}
         data = dict(inputs)
         if dtype == "bf16":
             data |= {n: tolerance.encode_bf16(v) for n, v in inputs.items() if n in case.stored}
         formats = {n: getattr(case, "layout", "nchw") if len(case.shape(n)) == 4 else "nchw" for n in kinds}
+        formats |= {n: layout for n, layout in getattr(case, "formats", {}).items() if n in kinds}
         return {n: Operand.make(case.shape(n), kinds[n], formats[n], place, data.get(n)) for n in kinds}
     x_format, w_format, y_format = LAYOUTS[case.layout]
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any], str]] = {
@@ -428,7 +434,7 @@ def check(
             # float16 is not computed in, and neither is what arrives as the float32 that bf16 was computed in.
             computed = np.dtype(np.float32) if dtype in tolerance.HALVES else got.dtype
             limit: Any = 0.0 if exact else truth.allowed(output, computed)
-            halved = output in case.stored if isinstance(case, (SdpaCase, *NORM_CASES)) else output != "indices"
+            halved = output in case.stored if isinstance(case, (SdpaCase, *DENSE_CASES)) else output != "indices"
             if rounded and truth.rounding and not exact:
                 limit = limit + truth.rounding(output, dtype)
                 if pairs and output == "out":  # divided by the sum of the rounded weights, which is off by as much

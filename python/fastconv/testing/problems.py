@@ -19,6 +19,7 @@ from fastconv import reference
 from fastconv.testing.attention import SdpaCase, parse_sdpa
 from fastconv.testing.batch_norm import BatchNormCase, parse_batch_norm
 from fastconv.testing.norm import NormCase, parse_norm
+from fastconv.testing.recurrent import RecurrentCase, parse_recurrent
 
 Pair = tuple[int, int]
 Pad4 = tuple[int, int, int, int]
@@ -199,7 +200,7 @@ class PoolCase:
         return "+".join([f"{sizes}{window}-{self.layout}", *extras])
 
 
-Case = ConvCase | PoolCase | SdpaCase | NormCase | BatchNormCase
+Case = ConvCase | PoolCase | SdpaCase | NormCase | BatchNormCase | RecurrentCase
 
 _LIST = r"-?\d+(?:x-?\d+)*"
 _CONV = re.compile(
@@ -281,6 +282,8 @@ def parse(text: str) -> Case:
         return batch_norm
     if norm := parse_norm(text):
         return norm
+    if recurrent := parse_recurrent(text):
+        return recurrent
     raise ValueError(
         f"not a problem id: {text!r} (examples: n1c8h7w7k16r3s3u1p1d1g1-nhwc+bias, n1c8h7w7r3s3u2p1d1-nchw)"
     )
