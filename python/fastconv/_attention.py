@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, overload
@@ -18,13 +18,13 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import has_torch_function_variadic
 
 from ._arguments import as_int, describe
+from ._attention_heads import OP, Heads
 from ._routes import autocast, check_one_device, for_torch, overridden
 from .ops import sdpa as ops
-from .ops._dispatch import WITH_HALVES, computed_in
+from .ops._dispatch import WITH_HALVES
 from .ops._eager import native
 from .ops._recorded_sdpa import record
 
-_OP = "scaled_dot_product_attention"
 _dynamo = torch.compiler.is_dynamo_compiling
 _eager_sdpa = native.eager_sdpa
 
@@ -135,14 +135,14 @@ def scaled_dot_product_attention(
     bias = attn_mask if isinstance(attn_mask, CausalBias) else None
     mask = None if bias is not None else attn_mask
     tensors = by_name(query, key, value, mask)
-    check_one_device(_OP, tensors)
+    check_one_device(OP, tensors)
     if mask is not None and not mask.is_floating_point():
         tensors["attn_mask"] = None  # no dtype that a kernel would lack: boolean, or an error
-    if for_torch(_OP, tensors, False, dtypes=WITH_HALVES):
+    if for_torch(OP, tensors, False, dtypes=WITH_HALVES):
         if own:
-            hint = f"; fastconv.cuda.{_OP}, and this function after fastconv.set_cuda(True), have it on a GPU"
+            hint = f"; fastconv.cuda.{OP}, and this function after fastconv.set_cuda(True), have it on a GPU"
             raise NotImplementedError(
-                f"{_OP}: {', '.join(own)} needs floating tensors on the CPU that nobody traces, got {describe(query)} of "
+                f"{OP}: {', '.join(own)} needs floating tensors on the CPU that nobody traces, got {describe(query)} of "
                 f"{query.dtype} on {query.device}{hint if query.is_cuda else ''}"
             )
         return _theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -210,7 +210,7 @@ def prepare(
         _draw(query.device) if 0 < p < 1 else 0,
     )
     if options.softcap < 0:
-        raise RuntimeError(f"{_OP}: softcap has to be positive, but got {options.softcap:g}")
+        raise RuntimeError(f"{OP}: softcap has to be positive, but got {options.softcap:g}")
     given = ops.Operands(
         heads.q,
         heads.k,
@@ -237,7 +237,7 @@ def _distances(own: dict[str, Any], heads: Heads, diagonal: int) -> Tensor | Non
 def by_name(query: Any, key: Any, value: Any, mask: Any) -> dict[str, Tensor | None]:
     for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", mask)):
         if not isinstance(t, Tensor) and not (name == "attn_mask" and t is None):
-            raise TypeError(f"{_OP}(): argument '{name}' must be Tensor, not {describe(t)}")
+            raise TypeError(f"{OP}(): argument '{name}' must be Tensor, not {describe(t)}")
     return {"query": query, "key": key, "value": value, "attn_mask": mask}
 
 
@@ -245,7 +245,7 @@ def probability(p: Any) -> float:
     probability = float(p)
     if not 0 <= probability <= 1:
         raise RuntimeError(
-            f"dropout probability has to be between 0 and 1, but got {probability:g}: dropout_p of {_OP}()"
+            f"dropout probability has to be between 0 and 1, but got {probability:g}: dropout_p of {OP}()"
         )
     return probability
 
@@ -265,7 +265,7 @@ def _draw(device: torch.device) -> int:
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"{_OP}: dropout_p is above 0 while a CUDA graph is captured, whose every replay would drop the same weights, "
+                f"{OP}: dropout_p is above 0 while a CUDA graph is captured, whose every replay would drop the same weights, "
                 "since their key is drawn on the CPU: leave the call outside of the graph, or set dropout_p to 0"
             )
         generator = torch.cuda.default_generators[device.index]
@@ -291,7 +291,7 @@ def _band(window: Any, causal: bool, diagonal: int, L: int, S: int) -> tuple[int
     sides = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
     found = tuple(as_int(side) for side in sides)
     if len(found) != 2 or None in found or min(found) < -1:
-        raise TypeError(f"{_OP}(): argument 'window' must be an int or two ints, -1 or more, got {window!r}")
+        raise TypeError(f"{OP}(): argument 'window' must be an int or two ints, -1 or more, got {window!r}")
     before, after = found
     if before >= 0:
         low = max(low, diagonal - before)
@@ -312,12 +312,12 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         )
     if query.shape[-1] != key.shape[-1]:
         raise RuntimeError(
-            f"{_OP}(): query has {query.shape[-1]} features and key {key.shape[-1]}: Expected size for first two dimensions of "
+            f"{OP}(): query has {query.shape[-1]} features and key {key.shape[-1]}: Expected size for first two dimensions of "
             f"batch2 tensor to be: [.., {query.shape[-1]}] but got: [.., {key.shape[-1]}]."
         )
     if key.shape[-2] != value.shape[-2]:
         raise RuntimeError(
-            f"{_OP}(): key has length {key.shape[-2]} and value {value.shape[-2]}, expected the same: got key of shape "
+            f"{OP}(): key has length {key.shape[-2]} and value {value.shape[-2]}, expected the same: got key of shape "
             f"{list(key.shape)} and value of shape {list(value.shape)}"
         )
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
@@ -325,114 +325,6 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
             "Expected attn_mask dtype to be bool or float or to match query dtype, but got attn_mask.dtype: "
             f"{mask.dtype} and  query.dtype: {query.dtype} instead."
         )
-
-
-def _broadcast(shapes: Sequence[torch.Size], what: str) -> tuple[int, ...]:
-    """The shape that all of them broadcast to, with torch's sentence where there is none."""
-    rank = max(len(shape) for shape in shapes)
-    found: list[int] = []
-    for dim in range(-rank, 0):
-        sizes = [shape[dim] for shape in shapes if len(shape) >= -dim]
-        size = next((s for s in sizes if s != 1), 1)
-        for s in sizes:
-            if s not in (1, size):
-                raise RuntimeError(
-                    f"The size of tensor a ({size}) must match the size of tensor b ({s}) at non-singleton dimension "
-                    f"{rank + dim}: {what} of {_OP}() have shapes {[list(shape) for shape in shapes]}"
-                )
-        found.append(size)
-    return tuple(found)
-
-
-class Heads:
-    """Operands of any rank as (B, H, L, E), and results back. Nothing is copied where the rank is at most 4."""
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> None:
-        if grouped:
-            key, value = self._groups(query, key, value)
-        leading = [t.shape[: -3 if grouped else -2] for t in (query, key, value)]
-        self.batch = _broadcast(leading, "query, key and value")
-        if grouped:
-            self.batch = (*self.batch, query.shape[-3])
-        self.scores = (*self.batch, query.shape[-2], key.shape[-2])
-        # A head of keys and values that all heads of queries share stays one.
-        shared = not grouped and len(self.batch) > 0 and all(t.dim() < 3 or t.shape[-3] == 1 for t in (key, value))
-        kv = self.batch[:-1] + ((1,) if shared else (key.shape[-3],) if grouped else self.batch[-1:])
-        self.q, self.k, self.v = self._four(query, self.batch), self._four(key, kv), self._four(value, kv)
-
-    def _groups(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if min(query.dim(), key.dim(), value.dim()) < 3:
-            raise IndexError(
-                f"Dimension out of range (expected to be in range of [-2, 1], but got -3): {_OP}() with enable_gqa needs heads, "
-                f"got {query.dim()}, {key.dim()} and {value.dim()} dimensions"
-            )
-        heads, of_key, of_value = query.shape[-3], key.shape[-3], value.shape[-3]
-        if of_key == 0 or of_value == 0 or heads % of_key or heads % of_value:
-            raise RuntimeError(
-                "Number of heads in key and value must divide the number of heads in query, but got "
-                f"{of_key} and {of_value} for {heads}"
-            )
-        if of_key != of_value:
-            key, value = key.repeat_interleave(heads // of_key, -3), value.repeat_interleave(heads // of_value, -3)
-        return key, value
-
-    def _four(self, t: Tensor, batch: tuple[int, ...]) -> Tensor:
-        t = t.expand(*batch, *t.shape[-2:])
-        if len(batch) < 2:
-            return t[(None,) * (2 - len(batch))]
-        return t if len(batch) == 2 else t.flatten(0, len(batch) - 2)
-
-    def mask(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """The mask in 4 dimensions, of size 1 where it is broadcast."""
-        if mask is None:
-            return None
-        if mask.dim() < 2:
-            raise IndexError(
-                f"Dimension out of range (expected to be in range of [-1, 0], but got -2): attn_mask of {_OP}() has shape "
-                f"{list(mask.shape)}, expected {list(self.scores)} or what broadcasts to it"
-            )
-        if (
-            mask.dim() > len(self.scores)
-            or _broadcast([torch.Size(self.scores), mask.shape], "scores and attn_mask") != self.scores
-        ):
-            raise RuntimeError(f"attn_mask of {_OP}() has shape {list(mask.shape)}, expected {list(self.scores)} or 1s")
-        if mask.dtype not in (torch.bool, dtype):
-            mask = mask.to(computed_in(dtype))
-        if len(self.scores) <= 4:
-            return mask[(None,) * (4 - mask.dim())]
-        leading = mask.dim() - 3
-        if leading > 0 and any(size != 1 for size in mask.shape[:leading]):
-            mask = mask.expand(*self.batch[:-1], *mask.shape[-3:])
-        return mask.flatten(0, mask.dim() - 4) if leading > 0 else mask[(None,) * (4 - mask.dim())]
-
-    def numbers(self, name: str, found: Any, *sizes: int) -> Tensor | None:
-        """`found` as (B, Hq, *sizes), of size 1 where it is broadcast, in the precision that is computed in."""
-        if found is None:
-            return None
-        whole = torch.Size((*self.batch, *sizes))
-        if not isinstance(found, Tensor):
-            raise TypeError(f"{_OP}(): argument '{name}' must be Tensor, not {describe(found)}")
-        t: Tensor = found
-        fits = t.dim() <= len(whole) and t.dim() >= len(sizes) and t.shape[t.dim() - len(sizes) :] == torch.Size(sizes)
-        if not fits or any(m not in (1, s) for m, s in zip(reversed(t.shape), reversed(whole))):
-            raise RuntimeError(
-                f"{name} of {_OP}() has shape {list(t.shape)}, expected {list(whole)} or what broadcasts to it"
-            )
-        if not t.is_floating_point() or t.device != self.q.device:
-            raise RuntimeError(
-                f"{name} of {_OP}() is {t.dtype} on {t.device}, expected floating numbers on {self.q.device}"
-            )
-        t = t.to(computed_in(self.q.dtype))
-        t = t[(None,) * (max(len(whole), 2 + len(sizes)) - t.dim())]
-        leading = len(self.batch) - 2
-        if leading <= 0:
-            return t
-        return t.expand(*self.batch[:-1], *t.shape[leading + 1 :]).flatten(0, leading)
-
-    def undo(self, t: Tensor) -> Tensor:
-        if len(self.batch) < 2:
-            return t[(0,) * (2 - len(self.batch))]
-        return t if len(self.batch) == 2 else t.unflatten(0, self.batch[:-1])
 
 
 _asked: ContextVar[list[Tensor] | None] = ContextVar("fastconv_attention_weights", default=None)
