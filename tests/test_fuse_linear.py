@@ -267,3 +267,14 @@ def test_training_parts_are_left() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
     model.layers[0].self_attn.train()
     assert fastconv.fuse(model).report.linears == ["layers.0.linear1", "layers.0.linear2"]
+
+
+def test_methods_other_than_forward_run_on_frozen_parts(calls: Counter[str]) -> None:
+    torch.manual_seed(0)
+    model = models.create("transformer", **SMALL_TRANSFORMER).eval()
+    fused = fastconv.fuse(model)
+    asked = {"start": 1, "end": 2, "max_length": 6}
+    torch.testing.assert_close(fused.greedy(tokens(), **asked), model.greedy(tokens(), **asked))
+    assert calls["frozen"] > 20
+    assert not hasattr(fused, "nothing_of_the_kind")
+    assert not hasattr(fused.__class__.__new__(type(fused)), "greedy")  # as while it is unpickled

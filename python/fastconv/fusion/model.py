@@ -24,7 +24,8 @@ class Fused(Module):
     result to fold again. Calling ``train()`` raises RuntimeError; ``unfuse`` first. Copies and pickles hold the original and fuse
     it anew. Hooks on the parts that were there before run as ever, and what has them is not fused; later ones are not seen.
 
-    ``original`` is the model that was fused, ``report`` what was done.
+    ``original`` is the model that was fused, ``report`` what was done. Methods of its class other than forward (a Transformer's
+    ``greedy``) run on the frozen parts that they reach as modules.
     """
 
     original: Module
@@ -50,6 +51,15 @@ class Fused(Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_body"].forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("original")
+            if original is None or not hasattr(type(original), name):
+                raise
+        return getattr(self.__dict__["_body"], name)
 
     def train(self: M, mode: bool = True) -> M:
         if mode:
