@@ -1,5 +1,5 @@
-// What the two loop nests of the depthwise weight gradient share: how the taps are cut into register tiles and the rows into
-// pieces.
+// What the loop nests of the depthwise weight gradient share: how the taps are cut into register tiles and the rows into pieces,
+// and how sums become a gradient.
 #pragma once
 
 #include "cpu/blocks/depthwise.h"
