@@ -47,7 +47,7 @@ LEVELS = [
     {"_routes"},
     {"testing", "plan"},
     {"ops", "numpy"},
-    {"_conv_checks", "_pool_checks"},
+    {"_attention_heads", "_conv_checks", "_pool_checks"},
     {"_attention", "_batch_norm", "_convolution", "_normalization", "_pooling"},
     {"_attention_lengths", "_fused", "_resolvers", "_same_pooling"},
     {"functional"},
