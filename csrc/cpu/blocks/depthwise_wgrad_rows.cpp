@@ -131,15 +131,6 @@ void multiply_tile(const TileProduct<T>& a) {
 template <class T>
 using TileFunction = void (*)(const TileProduct<T>&);
 
-// Adds n values, a multiple of the lanes, to `to` and clears them.
-template <class T>
-FC_INLINE void move_sums(T* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    store(to + i, load(to + i) + load(from + i));
-    store(from + i, zero<T>());
-  }
-}
-
 // What one thread works in.
 template <class T>
 struct Scratch {

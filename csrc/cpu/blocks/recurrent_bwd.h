@@ -3,11 +3,14 @@
 //
 //   struct Cell {
 //     static constexpr int kGates;
-//     const T* dproduct() const;                                             // (L, B, kGates*H), which its calls write
-//     void fetch(int64_t row, const Units<T>&) const;                        // what the cell of a row will read from far away
-//     void operator()(const T* sum, int64_t row, const Units<T>&) const;     // sum: of a vector of units; absent in the last
-//     step void first(const T* sum, int64_t row, const Units<T>&) const;          // into the gradient of the state that came
-//     first
+//     // (L, B, kGates*H), which the calls below write.
+//     const T* dproduct() const;
+//     // What the cell of a row will read from far away.
+//     void fetch(int64_t row, const Units<T>& units) const;
+//     // `sum` is a vector of units of a row of the products, absent in the last step.
+//     void operator()(const T* sum, int64_t row, const Units<T>& units) const;
+//     // The same into the gradient of the state that came first.
+//     void first(const T* sum, int64_t row, const Units<T>& units) const;
 //   };
 #pragma once
 
