@@ -246,3 +246,26 @@ def test_errors(error: type[Exception], message: str, bad: Any) -> None:
     with fastconv.observe() as records, pytest.raises(error, match=message):
         bad()
     assert not records
+
+
+# ---- On a GPU -------------------------------------------------------------------------------------------------------------
+
+
+def test_ragged_batches_and_caches_on_a_gpu(gpu: Any) -> None:
+    """A kernel for each sequence; cuts and lengths that lie on the CPU are read without waiting."""
+    theirs = F.scaled_dot_product_attention
+    q, k, v = (random(40, 2, 8).detach().float() for _ in range(3))
+    leaves = [gpu(t).requires_grad_() for t in (q, k, v)]
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    found = varlen(*leaves, CUTS, is_causal=True)
+    parts = [[t[a:b].transpose(0, 1) for t in exact] for a, b in itertools.pairwise(CUTS)]
+    expected = torch.cat([theirs(*part, is_causal=True).transpose(0, 1) for part in parts])
+    gpu.same(found, expected, 20)
+    found.backward(gpu(q))
+    expected.backward(q.double())
+    gpu.same([t.grad for t in leaves], [t.grad for t in exact], 20)
+    one, keys, values = (random(2, 2, n, 8).detach().float() for n in (1, 12, 12))
+    with torch.no_grad():
+        found = with_cache(gpu(one), gpu(keys), gpu(values), [3, 9])
+    exact = [t.double() for t in (one, keys, values)]
+    gpu.same(found, torch.stack([theirs(*(t[b, :, :n] for t in exact)) for b, n in enumerate((3, 9))]), 20)
