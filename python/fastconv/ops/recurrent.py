@@ -187,8 +187,10 @@ def _before(first: Tensor, y: Tensor, reverse: bool) -> Tensor:
 
 
 def _of_weights(dproduct: Tensor, before: Tensor, need_w: bool, need_bias: bool) -> tuple[MaybeTensor, MaybeTensor]:
-    dw = dproduct.flatten(0, 1).mT @ before.flatten(0, 1) if need_w else None
-    return dw, dproduct.sum((0, 1)) if need_bias else None
+    if not (need_w or need_bias):
+        return None, None
+    dw, db = _ops.linear_wgrad(dproduct, before, need_bias)
+    return dw if need_w else None, db if need_bias else None
 
 
 def _remember_lstm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
