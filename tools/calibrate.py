@@ -58,8 +58,6 @@ _SAMPLE_S = 3e-4  # shorter calls are repeated inside a sample
 
 # For filters of 1x1, the only ones that both take.
 _SAME_CODE = {
-    ("conv2d_fwd", "nchw"): {"im2col", "pointwise"},
-    ("conv2d_dgrad", "nchw"): {"im2col", "pointwise"},
     ("conv2d_wgrad", "nchw"): {"im2col", "pointwise"},
     ("conv2d_wgrad", "nhwc"): {"im2col", "pointwise"},
 }

@@ -41,8 +41,8 @@ void add_part(const Conv2dProblem& a, const Conv2dArgs& args, const StagePart& p
   const int64_t c = part.g * inputs, k = part.g * filters;
   const T* x = static_cast<const T*>(args.x) + n * a.x.n + c * a.x.c + part.h * a.x.h;
   const T* y = static_cast<const T*>(args.y) + n * a.y.n + k * a.y.c + part.p * a.y.h;
-  planes_to_pixels(x, a.x, b.C, b.H, a.W, scratch.x);
-  planes_to_pixels(y, a.y, b.K, b.P, a.Q, scratch.y);
+  planes_to_pixels(x, a.x, b.C, b.H, a.W, scratch.x, b.x.w);
+  planes_to_pixels(y, a.y, b.K, b.P, a.Q, scratch.y, b.y.w);
   T* const bias = w + b.K * size;
   depthwise_wgrad_channels_run<T>(b, Conv2dArgs{scratch.x, w, bias, nullptr, scratch.y}, Context{&machine, scratch.inner});
   T* to = sums + k * size;

@@ -168,6 +168,7 @@ void pack_transposed(const Conv2dProblem& a, const ColumnPart& part, const S* x_
 #pragma GCC unroll 16
       for (int lane = 0; lane < kL; ++lane) {
         const int lo = int(clamp(pixels[lane].begin - q - i, 0, n)), hi = int(clamp(pixels[lane].end - q - i, lo, n));
+        __builtin_prefetch(from[lane] + (q + i + 2 * kL) * step);
         block[lane] = load_pixels(from[lane] + (q + i) * step, step, lo, hi);
       }
       transpose(block);

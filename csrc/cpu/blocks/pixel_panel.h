@@ -30,6 +30,7 @@ struct PixelPanel {
   int32_t piece_count, run_count, fill_count, columns, vectors;
   PixelFill* fills;      // [S][fill_count]
   int64_t* row_offsets;  // [R][run_count]: of the input row that a run reads, or kOutside
+  bool fetches;          // whether its runs are so long that fetching them ahead pays: 7x7 maps follow each other anyway
   bool copies;           // whether it is nothing but whole vectors that are neighbours in x, as in a 1x1 filter's planes
 };
 inline constexpr int64_t kOutside = INT64_MIN;

@@ -136,6 +136,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
       }
     }
     Ahead next = as_kept ? kept_next<T>(args, task, reduction, shares, b) : Ahead();
+    const bool in_a_row = a.R * a.S * a.N * a.P == 1 && a.x.w == block.depth;
     find_offsets(a, reduction, block, scratch.pointers);
     Pixel pixel = {task.first_pixel / a.Q / a.P, task.first_pixel / a.Q % a.P, task.first_pixel % a.Q};
     for (int64_t tile = 0; tile < tiles.parts; ++tile) {
@@ -144,14 +145,17 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
       const bool by_offset =
           point_tile(a, reduction, block, x, static_cast<T*>(args.y) + task.g * filters, rows, pixel, scratch.pointers, y);
       const int64_t* offsets = by_offset ? scratch.pointers.x_offset : nullptr;
+      Ahead pixels = in_a_row ? Ahead(scratch.pointers.rows[0] + rows * block.depth, rows * block.depth) : Ahead();
       for (int64_t i = 0; i < task.panel_count; ++i) {
         const int64_t vectors = shares.vectors.size(task.first_panel + i),
                       k0 = shares.vectors.begin(task.first_panel + i) * kLanes<T>;
         const int64_t width = vectors * kLanes<T>;
         for (int m = 0; m < rows; ++m) y_panel[m] = y[m] + k0;
         const ColumnPiece piece = {0, int32_t(filters - k0 < width ? filters - k0 : width), 0, 1};
-        const TileInput<T> in = {scratch.pointers.rows, 1,       panels + i * shares.panel_size,     width, block.taps,
-                                 block.depth,           offsets, next.take(block.taps * block.depth)};
+        const char* fetched = next.take(block.taps * block.depth);
+        if (!fetched) fetched = pixels.take(block.depth);
+        const TileInput<T> in = {scratch.pointers.rows, 1,       panels + i * shares.panel_size, width, block.taps,
+                                 block.depth,           offsets, fetched};
         const TileOutput<T> out = {y_panel,
                                    &piece,
                                    1,

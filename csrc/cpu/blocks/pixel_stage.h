@@ -18,6 +18,28 @@ inline constexpr int64_t kStageBytes = 384 * 1024, kStageWanted = 128 * 1024;
 
 FC_INLINE bool over_planes(const Conv2dProblem& a) { return a.x.w == 1 && a.y.w == 1; }
 
+// Rows of x and of y that belong together.
+struct StageRows {
+  int64_t h, h_end, p, p_end;
+};
+
+// What rows begin .. end of y read of x; or which rows of y those of x (rows_of_x) get their gradient from.
+FC_INLINE StageRows stage_rows(const Conv2dProblem& a, bool rows_of_x, int64_t begin, int64_t end) {
+  const int64_t reach = (a.R - 1) * a.dilation_h;
+  if (rows_of_x) {
+    const int64_t p = clamp(ceil_div(begin + a.pad_top - reach, a.stride_h), 0, a.P - 1);
+    return {begin, end, p, clamp(ceil_div(end + a.pad_top, a.stride_h), p + 1, a.P)};
+  }
+  const int64_t h = clamp(begin * a.stride_h - a.pad_top, 0, a.H - 1);
+  return {h, clamp((end - 1) * a.stride_h - a.pad_top + reach + 1, h + 1, a.H), begin, end};
+}
+
+// A residual lies in planes: it is added on the way back, and what follows it.
+FC_INLINE void leave_residual(const Conv2dProblem& a, Conv2dProblem& part) {
+  part.epilogue.residual = false;
+  if (a.epilogue.residual) part.epilogue.activation = Activation::none;
+}
+
 // A block of groups and of rows of one sample as a problem of its own in NHWC. The rows are of y, or of x in an input gradient.
 struct StagePart {
   Conv2dProblem problem;
@@ -51,27 +73,17 @@ struct Stage {
   FC_INLINE StagePart part(const Conv2dProblem& a, bool rows_of_x, int64_t block, int64_t chunk) const {
     const int64_t filters = a.K / a.groups, inputs = a.C / a.groups, first = blocks.begin(block) * unit;
     const int64_t last = first + blocks.size(block) * unit, groups = (last < a.groups ? last : a.groups) - first;
-    int64_t h = 0, h_end = a.H, p = 0, p_end = a.P;
-    if (rows_of_x) {
-      h = chunks.begin(chunk), h_end = h + chunks.size(chunk);
-      p = clamp(ceil_div(h + a.pad_top - (a.R - 1) * a.dilation_h, a.stride_h), 0, a.P - 1);
-      p_end = clamp(ceil_div(h_end + a.pad_top, a.stride_h), p + 1, a.P);
-    } else {
-      p = chunks.begin(chunk), p_end = p + chunks.size(chunk);
-      h = clamp(p * a.stride_h - a.pad_top, 0, a.H - 1);
-      h_end = clamp((p_end - 1) * a.stride_h - a.pad_top + (a.R - 1) * a.dilation_h + 1, h + 1, a.H);
-    }
-    StagePart part = {a, first, h, p};
+    const int64_t begin = chunks.begin(chunk);
+    const StageRows rows = stage_rows(a, rows_of_x, begin, begin + chunks.size(chunk));
+    StagePart part = {a, first, rows.h, rows.p};
     Conv2dProblem& b = part.problem;
     b.N = 1, b.groups = groups, b.C = groups * inputs, b.K = groups * filters;
-    b.H = h_end - h, b.P = p_end - p;
-    b.pad_top = a.pad_top - p * a.stride_h + h;
+    b.H = rows.h_end - rows.h, b.P = rows.p_end - rows.p;
+    b.pad_top = a.pad_top - rows.p * a.stride_h + rows.h;
     const int64_t x_step = round_up(b.C, kLanes<T>), y_step = round_up(b.K, kLanes<T>);
     b.x = {0, 1, a.W * x_step, x_step};
     b.y = {0, 1, a.Q * y_step, y_step};
-    // A residual lies in planes: it is added on the way back, and what follows it.
-    b.epilogue.residual = false;
-    if (a.epilogue.residual) b.epilogue.activation = Activation::none;
+    leave_residual(a, b);
     return part;
   }
 };
@@ -79,24 +91,31 @@ struct Stage {
 FC_INLINE int64_t stage_x_size(const Conv2dProblem& b) { return b.H * b.x.h; }
 FC_INLINE int64_t stage_y_size(const Conv2dProblem& b) { return b.P * b.y.h; }
 
-// `channels` planes to [row][column][channel], whose channels are padded with zeros to whole vectors; and back, with what is left
-// of the epilogue.
+// `channels` planes to [row][column][channel], pixels `step` apart; and back, with what is left of the epilogue. Behind the
+// channels are zeros to the next whole vector, as far as a pixel has room for it; behind the last pixel a vector may be read.
+// Planes that are read may have their columns from.w apart.
 template <class T>
-void planes_to_pixels(const T* planes, const Stride4& from, int64_t channels, int64_t rows, int64_t columns, T* pixels);
+void planes_to_pixels(const T* planes, const Stride4& from, int64_t channels, int64_t rows, int64_t columns, T* pixels,
+                      int64_t step);
 template <class T>
-void pixels_to_planes(const T* pixels, const Stride4& to, int64_t channels, int64_t rows, int64_t columns, T* planes,
+void pixels_to_planes(const T* pixels, int64_t step, const Stride4& to, int64_t channels, int64_t rows, int64_t columns, T* planes,
                       const T* residual, Activation activation);
 
-extern template void planes_to_pixels(const float*, const Stride4&, int64_t, int64_t, int64_t, float*);
-extern template void planes_to_pixels(const double*, const Stride4&, int64_t, int64_t, int64_t, double*);
-extern template void pixels_to_planes(const float*, const Stride4&, int64_t, int64_t, int64_t, float*, const float*, Activation);
-extern template void pixels_to_planes(const double*, const Stride4&, int64_t, int64_t, int64_t, double*, const double*,
+extern template void planes_to_pixels(const float*, const Stride4&, int64_t, int64_t, int64_t, float*, int64_t);
+extern template void planes_to_pixels(const double*, const Stride4&, int64_t, int64_t, int64_t, double*, int64_t);
+extern template void pixels_to_planes(const float*, int64_t, const Stride4&, int64_t, int64_t, int64_t, float*, const float*,
+                                      Activation);
+extern template void pixels_to_planes(const double*, int64_t, const Stride4&, int64_t, int64_t, int64_t, double*, const double*,
                                       Activation);
 
 // The largest parts of a stage: scratch for x and y, and what the loops want for themselves.
 struct StageSizes {
   int64_t x, y, inner;  // elements, elements, bytes
 };
+
+FC_INLINE StageSizes larger(const StageSizes& a, const StageSizes& b) {
+  return {a.x > b.x ? a.x : b.x, a.y > b.y ? a.y : b.y, a.inner > b.inner ? a.inner : b.inner};
+}
 
 template <class T, auto kWorkspace>
 StageSizes stage_sizes(const Conv2dProblem& a, const Stage<T>& stage, bool rows_of_x) {
@@ -107,8 +126,7 @@ StageSizes stage_sizes(const Conv2dProblem& a, const Stage<T>& stage, bool rows_
     if (block > 0 && block + 1 < stage.blocks.parts && stage.blocks.size(block) == stage.blocks.size(block - 1)) continue;
     for (int64_t chunk = 0; chunk < stage.chunks.parts; ++chunk) {
       const Conv2dProblem b = stage.part(a, rows_of_x, block, chunk).problem;
-      const int64_t x = stage_x_size(b), y = stage_y_size(b), inner = kWorkspace(b, one_thread);
-      most.x = x > most.x ? x : most.x, most.y = y > most.y ? y : most.y, most.inner = inner > most.inner ? inner : most.inner;
+      most = larger(most, {stage_x_size(b), stage_y_size(b), kWorkspace(b, one_thread)});
     }
   }
   return most;
@@ -152,14 +170,14 @@ void staged_run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& c
       const T* residual = a.epilogue.residual ? static_cast<const T*>(args.residual) : nullptr;
       const Activation left = a.epilogue.residual ? a.epilogue.activation : Activation::none;
       if constexpr (kInputGradient) {
-        planes_to_pixels(static_cast<const T*>(args.y) + y_offset, a.y, b.K, b.P, a.Q, scratch.y);
+        planes_to_pixels(static_cast<const T*>(args.y) + y_offset, a.y, b.K, b.P, a.Q, scratch.y, b.y.w);
         kRun(b, sub, Context{&one_thread, scratch.inner});
-        pixels_to_planes(scratch.x, a.x, b.C, b.H, a.W, static_cast<T*>(args.x) + x_offset,
+        pixels_to_planes(scratch.x, b.x.w, a.x, b.C, b.H, a.W, static_cast<T*>(args.x) + x_offset,
                          residual ? residual + x_offset : nullptr, left);
       } else {
-        planes_to_pixels(static_cast<const T*>(args.x) + x_offset, a.x, b.C, b.H, a.W, scratch.x);
+        planes_to_pixels(static_cast<const T*>(args.x) + x_offset, a.x, b.C, b.H, a.W, scratch.x, b.x.w);
         kRun(b, sub, Context{&one_thread, scratch.inner});
-        pixels_to_planes(scratch.y, a.y, b.K, b.P, a.Q, static_cast<T*>(args.y) + y_offset,
+        pixels_to_planes(scratch.y, b.y.w, a.y, b.K, b.P, a.Q, static_cast<T*>(args.y) + y_offset,
                          residual ? residual + y_offset : nullptr, left);
       }
     }

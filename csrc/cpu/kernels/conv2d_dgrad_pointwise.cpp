@@ -1,7 +1,8 @@
 // conv2d_dgrad.pointwise: the input gradient of 1x1 filters, which is a matrix multiplication by the transposed filters; with a
-// stride all but one of the phases are zeros. Linear's input gradient is the same.
-#include "cpu/blocks/filter_rows.h"
+// stride all but one of the phases are zeros. NCHW comes and goes through a stage (blocks/image_stage.h), for wide layers. Linear's
+// input gradient is the same.
 #include "cpu/blocks/half_rows.h"
+#include "cpu/blocks/image_stage.h"
 #include "cpu/blocks/input_gradient.h"
 #include "cpu/blocks/pixel_rows.h"
 
@@ -9,36 +10,49 @@ namespace fastconv::FASTCONV_TARGET {
 namespace {
 
 bool channels_last(const Conv2dProblem& a) { return a.x.c == 1 && a.y.c == 1; }
-bool planes(const Conv2dProblem& a) { return a.x.w == 1 && a.y.w == 1; }
 
-// --- run: one phase, in forward terms
+// --- run, channels_last and NCHW
 template <class T>
-void run_phase(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
-  channels_last(a) ? pixel_rows_run<T>(a, args, context) : filter_rows_run<T>(a, args, context);
+void run_pixels(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  input_gradient_run<T, pixel_rows_run<T>>(a, args, context);
+}
+
+template <class T>
+int64_t pixels_workspace(const Conv2dProblem& a, const Machine& machine) {
+  return input_gradient_workspace<pixel_rows_workspace<T>>(a, machine);
+}
+
+template <class T>
+void run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
+  if (channels_last(a)) return run_pixels<T>(a, args, context);
+  image_stage_run<T, true, run_pixels<T>, pixels_workspace<T>>(a, args, context);
 }
 
 // --- contract
 const char* reject(const Conv2dProblem& a) {
   if (a.R * a.S != 1) return "the filters are larger than 1x1";
-  if (!channels_last(a) && !planes(a)) return "neither the channels nor the columns are contiguous in both x and y";
+  if (!channels_last(a) && !over_planes(a)) return "neither the channels nor the columns are contiguous in both x and y";
   return nullptr;
 }
 
 template <class T>
 double phase_cost(const Conv2dProblem& a, const Machine& machine) {
-  // A percent better than im2col, which takes the same NCHW problems through the same code.
-  const double efficiency = channels_last(a) ? pixel_rows_efficiency<T>(a) : 1.01 * filter_rows_efficiency<T>(a);
-  return conv2d_flops(a) / (peak_flops<T>(machine) * efficiency);
+  return conv2d_flops(a) / (peak_flops<T>(machine) * pixel_rows_efficiency<T>(a));
 }
 
 template <class T>
-int64_t phase_workspace(const Conv2dProblem& a, const Machine& machine) {
-  return channels_last(a) ? pixel_rows_workspace<T>(a, machine) : filter_rows_workspace<T>(a, machine);
+double cost(const Conv2dProblem& a, const Machine& machine) {
+  return channels_last(a) ? input_gradient_cost<phase_cost<T>>(a, machine)
+                          : image_stage_cost<T, true, input_gradient_cost<phase_cost<T>>>(a, machine);
 }
 
 template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, input_gradient_cost<phase_cost<T>>,
-                                           input_gradient_workspace<phase_workspace<T>>, input_gradient_run<T, run_phase<T>>};
+int64_t workspace(const Conv2dProblem& a, const Machine& machine) {
+  return channels_last(a) ? pixels_workspace<T>(a, machine) : image_stage_workspace<T, true, pixels_workspace<T>>(a, machine);
+}
+
+template <class T>
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, cost<T>, workspace<T>, run<T>};
 
 template <class S>
 constexpr Kernel<Conv2dProblem> kHalves = {1.0f, half_rows_reject, input_gradient_cost<phase_cost<float>>,
