@@ -111,6 +111,17 @@ Ahead kept_next(const Conv2dArgs& args, const Task& task, const Reduction& reduc
                (left < task.panel_count ? left : task.panel_count) * shares.panel_size);
 }
 
+// What the tile after one of `rows` pixels, whose first reads from `first` on, reads under the last filter row; the rows above
+// have been read by the tiles above. The hardware's prefetchers follow six pixels at a time too late. At batch 8 on one thread of
+// a Zen 5, 1x1 from 1.1 (14x14 maps) to 1.8 times as fast (256 -> 64 channels of 56x56), strided 3x3 1.1 to 1.25; stems are 2 %
+// slower.
+template <class T>
+FC_INLINE Ahead next_pixels(const Conv2dProblem& a, const Reduction& reduction, const T* first, int rows) {
+  if (a.groups != 1 || a.x.w != a.C || reduction.whole_rows) return Ahead();
+  const int64_t length = rows * a.stride_w * a.x.w;
+  return Ahead(first + length + (a.R - 1) * a.dilation_h * a.x.h, length);
+}
+
 template <class W>
 void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, const Reduction& reduction, const Shares& shares,
               const Scratch<compute_t<W>>& scratch) {
@@ -136,7 +147,6 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
       }
     }
     Ahead next = as_kept ? kept_next<T>(args, task, reduction, shares, b) : Ahead();
-    const bool in_a_row = a.R * a.S * a.N * a.P == 1 && a.x.w == block.depth;
     find_offsets(a, reduction, block, scratch.pointers);
     Pixel pixel = {task.first_pixel / a.Q / a.P, task.first_pixel / a.Q % a.P, task.first_pixel % a.Q};
     for (int64_t tile = 0; tile < tiles.parts; ++tile) {
@@ -145,7 +155,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
       const bool by_offset =
           point_tile(a, reduction, block, x, static_cast<T*>(args.y) + task.g * filters, rows, pixel, scratch.pointers, y);
       const int64_t* offsets = by_offset ? scratch.pointers.x_offset : nullptr;
-      Ahead pixels = in_a_row ? Ahead(scratch.pointers.rows[0] + rows * block.depth, rows * block.depth) : Ahead();
+      Ahead pixels = by_offset ? next_pixels(a, reduction, scratch.pointers.rows[0] - block.begin, rows) : Ahead();
       for (int64_t i = 0; i < task.panel_count; ++i) {
         const int64_t vectors = shares.vectors.size(task.first_panel + i),
                       k0 = shares.vectors.begin(task.first_panel + i) * kLanes<T>;
@@ -153,7 +163,7 @@ void run_task(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
         for (int m = 0; m < rows; ++m) y_panel[m] = y[m] + k0;
         const ColumnPiece piece = {0, int32_t(filters - k0 < width ? filters - k0 : width), 0, 1};
         const char* fetched = next.take(block.taps * block.depth);
-        if (!fetched) fetched = pixels.take(block.depth);
+        if (!fetched) fetched = pixels.take(block.taps * block.depth);
         const TileInput<T> in = {scratch.pointers.rows, 1,       panels + i * shares.panel_size, width, block.taps,
                                  block.depth,           offsets, fetched};
         const TileOutput<T> out = {y_panel,
