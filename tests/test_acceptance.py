@@ -147,7 +147,8 @@ def test_a_kernel_above_the_limit_says_so(isa_limit: None) -> None:
 def test_workspace_is_cache_sized(kernel: str) -> None:
     """Scratch of one thread: packed weights, with tiles filled up, and an L2-sized block; never a batch of anything.
 
-    Winograd's F(m, r) packs (m + r - 1)^2 numbers for the r^2 of a filter.
+    Winograd's F(m, r) packs (m + r - 1)^2 numbers for the r^2 of a filter. A stage of images (csrc/cpu/blocks/image_stage.h) is
+    4 MB, because filters are packed for each part that it holds.
     """
     native = harness.native()
     op, algorithm, dtype, _ = kernel.split(".")
@@ -160,5 +161,7 @@ def test_workspace_is_cache_sized(kernel: str) -> None:
         problem = harness.native_problem(case, dtype)
         if not harness.verdicts(op, case, dtype)[kernel]:
             weights = case.K * (case.C // case.groups) * case.R * case.S * (8 if dtype == "f64" else 4)
-            size, allowed = native.plan(op, problem, 1, kernel).workspace, growth * weights + 3 * cache // 2
+            staged = op != "conv2d_wgrad" and algorithm in ("implicit_gemm", "pointwise") and case.layout == "nchw"
+            size = native.plan(op, problem, 1, kernel).workspace
+            allowed = growth * weights + 3 * cache // 2 + staged * (4 << 20)
             assert size <= allowed, f"{kernel} on {case}: {size} bytes, {allowed} are allowed"

@@ -34,16 +34,35 @@ bool find_plane(const FilterSource<S>& source, Plane& plane) {
   return true;
 }
 
+// Channels from a row of filters to its fetching: each is on a page of its own. 1000 -> 2048 features packed at 6 GB/s without
+// it.
+constexpr int64_t kRowsAhead = 8;
+
+// Where a channel's filters are neighbours, as in Linear's input gradient.
+template <class S>
+void copy_rows(const FilterSource<S>& source, int64_t filters, int64_t width, compute_t<S>* panel) {
+  constexpr int kL = kLanes<compute_t<S>>;
+  for (int64_t t = 0; t < source.taps; ++t) {
+    const S* row = source.w + source.t_offset[t];
+    for (int64_t c = 0; c < source.channels; ++c, row += source.c_step, panel += width) {
+      for (int64_t k = 0; k < width; k += kL) {
+        __builtin_prefetch(row + k + kRowsAhead * source.c_step);
+        store(panel + k, load(row + k, filters - k < 0 ? 0 : filters - k < kL ? int(filters - k) : kL));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 template <class S>
 void pack_filters(const FilterSource<S>& source, int64_t filters, int64_t width, compute_t<S>* panel) {
   using T = compute_t<S>;
   constexpr int kL = kLanes<T>;
+  if (source.k_step == 1) return copy_rows(source, filters, width, panel);
   Plane plane;
-  const bool contiguous_filters = source.k_step == 1;
   const bool contiguous_channels = source.c_step == 1;
-  const bool has_plane = !contiguous_filters && !contiguous_channels && find_plane(source, plane);
+  const bool has_plane = !contiguous_channels && find_plane(source, plane);
   // All channels and taps of a filter in one run: torch's contiguous weights, forward.
   const bool one_run = has_plane && plane.span == source.c_step;
 
@@ -53,11 +72,7 @@ void pack_filters(const FilterSource<S>& source, int64_t filters, int64_t width,
     T* out = panel + k;
     const auto at = [&](int64_t t, int64_t c) { return out + (t * source.channels + c) * width; };
 
-    if (contiguous_filters) {
-      for (int64_t t = 0; t < source.taps; ++t) {
-        for (int64_t c = 0; c < source.channels; ++c) store(at(t, c), load(w + c * source.c_step + source.t_offset[t], lanes));
-      }
-    } else if (contiguous_channels) {
+    if (contiguous_channels) {
       for (int64_t t = 0; t < source.taps; ++t) {
         for_each_column(w + source.t_offset[t], source.k_step, lanes, source.channels,
                         [&](int64_t c, vec<T> column) { store(at(t, c), column); });

@@ -120,7 +120,8 @@ void image_stage_run(const Conv2dProblem& a, const Conv2dArgs& args, const Conte
     const auto in = [&](const StagedImage& image, const void* planes, int64_t first, T* pixels) {
       for_each_run(b.N, image.rows, [&](int64_t n, int64_t row, int64_t count) {
         planes_to_pixels(static_cast<const T*>(planes) + first + n * image.planes.n + row * image.planes.h, image.planes,
-                         image.channels, count, image.columns, pixels + n * image.pixels.n + row * image.pixels.h, image.pixels.w);
+                         image.channels, count, image.columns, pixels + n * image.pixels.n + row * image.pixels.h,
+                         image.pixels.w);
       });
     };
     const auto out = [&](const StagedImage& image, const T* pixels, void* planes, int64_t first) {

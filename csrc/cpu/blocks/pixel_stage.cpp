@@ -67,8 +67,8 @@ void planes_to_pixels(const T* planes, const Stride4& from, int64_t channels, in
 }
 
 template <class T>
-void pixels_to_planes(const T* pixels, int64_t step, const Stride4& to, int64_t channels, int64_t rows, int64_t columns, T* planes,
-                      const T* residual, Activation activation) {
+void pixels_to_planes(const T* pixels, int64_t step, const Stride4& to, int64_t channels, int64_t rows, int64_t columns,
+                      T* planes, const T* residual, Activation activation) {
   constexpr int kL = kLanes<T>;
   const bool plain = !residual && activation == Activation::none;
   join_rows(to, rows, columns);
@@ -98,7 +98,8 @@ void pixels_to_planes(const T* pixels, int64_t step, const Stride4& to, int64_t 
 
 template void planes_to_pixels(const float*, const Stride4&, int64_t, int64_t, int64_t, float*, int64_t);
 template void planes_to_pixels(const double*, const Stride4&, int64_t, int64_t, int64_t, double*, int64_t);
-template void pixels_to_planes(const float*, int64_t, const Stride4&, int64_t, int64_t, int64_t, float*, const float*, Activation);
+template void pixels_to_planes(const float*, int64_t, const Stride4&, int64_t, int64_t, int64_t, float*, const float*,
+                               Activation);
 template void pixels_to_planes(const double*, int64_t, const Stride4&, int64_t, int64_t, int64_t, double*, const double*,
                                Activation);
 

@@ -98,8 +98,8 @@ template <class T>
 void planes_to_pixels(const T* planes, const Stride4& from, int64_t channels, int64_t rows, int64_t columns, T* pixels,
                       int64_t step);
 template <class T>
-void pixels_to_planes(const T* pixels, int64_t step, const Stride4& to, int64_t channels, int64_t rows, int64_t columns, T* planes,
-                      const T* residual, Activation activation);
+void pixels_to_planes(const T* pixels, int64_t step, const Stride4& to, int64_t channels, int64_t rows, int64_t columns,
+                      T* planes, const T* residual, Activation activation);
 
 extern template void planes_to_pixels(const float*, const Stride4&, int64_t, int64_t, int64_t, float*, int64_t);
 extern template void planes_to_pixels(const double*, const Stride4&, int64_t, int64_t, int64_t, double*, int64_t);

@@ -1,6 +1,6 @@
 // conv2d_dgrad.pointwise: the input gradient of 1x1 filters, which is a matrix multiplication by the transposed filters; with a
-// stride all but one of the phases are zeros. NCHW comes and goes through a stage (blocks/image_stage.h), for wide layers. Linear's
-// input gradient is the same.
+// stride all but one of the phases are zeros. NCHW comes and goes through a stage (blocks/image_stage.h), for wide layers.
+// Linear's input gradient is the same.
 #include "cpu/blocks/half_rows.h"
 #include "cpu/blocks/image_stage.h"
 #include "cpu/blocks/input_gradient.h"
