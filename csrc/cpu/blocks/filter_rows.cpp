@@ -224,7 +224,9 @@ double filter_rows_efficiency(const Conv2dProblem& a) {
   const double pieces = flat.Q < kLanes<T> ? double(kLanes<T>) / double(flat.Q) : 1;
   const int64_t step = a.stride_w * a.x.w;
   const double pack = pieces * (step == 1 || flat.Q == 1 ? 10 : step == 2 ? 15 : 50);
-  const double scatter = depth / (depth + 16 * (pieces - 1) + (a.y.w == 1 ? 0 : 60));
+  // A tile that ends in another sample leaves through memory, as all tiles of 7x7 maps do.
+  const double samples = flat.P * flat.Q < 64 ? 1 : 64 / double(flat.P * flat.Q);
+  const double scatter = depth / (depth + 16 * (pieces - 1) + 40 * samples + (a.y.w == 1 ? 0 : 200));
   // A copied filter element costs as much as its use by 32 pixels.
   const double copy = filters_in_place(a) ? 1 : pixels / (pixels + 32);
   // Linear's rows are transposed on their way in and out: 0.45 to 0.6 of the other side's speed from 768 to 4096 features.

@@ -159,7 +159,7 @@ double image_stage_cost(const Conv2dProblem& a, const Machine& machine) {
   const double x = double(b.H) * double(b.W) * double(round_up(b.C, kLanes<T>));
   const double y = double(b.P) * double(b.Q) * double(round_up(b.K, kLanes<T>));
   // Cycles for a vector that passes through the stage: 7 where all lies in caches, and scratch that goes through the L2.
-  const double seconds = 14 * double(b.N) * (x + y) / kLanes<T> / (3e9 * machine.threads);
+  const double seconds = 18 * double(b.N) * (x + y) / kLanes<T> / (3e9 * machine.threads);
   return double(stage.parts()) * (kCost(b, machine) + seconds);
 }
 

@@ -34,10 +34,10 @@ struct Gradient {
   Normalised<Last, T> from;
   const T* dy;
   T* dresidual;
-  FC_INLINE Gradient(const BatchNormArgs& args, const ChannelNumbers<T>& numbers)
-      : from(args, numbers), dy(static_cast<const T*>(args.dy)), dresidual(static_cast<T*>(args.dresidual)) {}
+  FC_INLINE Gradient(const BatchNormProblem& a, const BatchNormArgs& args, const ChannelNumbers<T>& numbers)
+      : from(a, args, numbers), dy(static_cast<const T*>(args.dy)), dresidual(static_cast<T*>(args.dresidual)) {}
   FC_INLINE vec<T> g(vec<T> distance, int64_t at, int64_t c, int n) const {
-    const vec<T> d = load_some(dy + at, n);
+    const vec<T> d = from.memory.load(dy + at, n);
     if constexpr (A == Activation::none) {
       return d;
     } else {
@@ -105,12 +105,12 @@ FC_INLINE bool needs_sums(const BatchNormProblem& a, const BatchNormArgs& args) 
 template <bool Last, Activation A, class T>
 FC_INLINE void input_gradient(const BatchNormProblem& a, const BatchNormArgs& args, const Scratch<T>& scratch, int64_t channel,
                               int64_t begin, int64_t end) {
-  const Gradient<Last, A, T> gradient(args, scratch.numbers);
+  const Gradient<Last, A, T> gradient(a, args, scratch.numbers);
   T* const dx = static_cast<T*>(args.dx);
   const T* const ready = gradient.dresidual;
   each_vector<Last, T>(a, channel, begin, end, [&](int64_t at, int64_t c, int n) {
     const vec<T> distance = gradient.from.distance(at, c, n);
-    const vec<T> g = ready ? load_some(ready + at, n) : gradient.g(distance, at, c, n);
+    const vec<T> g = ready ? gradient.from.memory.load(ready + at, n) : gradient.g(distance, at, c, n);
     const vec<T> rest = fma(distance, of_channel<Last>(scratch.slope, c), of_channel<Last>(scratch.shift, c));
     store_some(dx + at, fma(g, of_channel<Last>(scratch.numbers.scale, c), rest), n);
   });
@@ -122,7 +122,7 @@ void run_last(const BatchNormProblem& a, const BatchNormArgs& args, const Contex
   const EvenSplit blocks = batch_norm_blocks(a, sizeof(T));
   const auto of_block = [&](int64_t block) { return scratch.blocks + block * 2 * scratch.width; };
   if (needs_sums(a, args)) {
-    const Gradient<true, A, T> term(args, scratch.numbers);
+    const Gradient<true, A, T> term(a, args, scratch.numbers);
     parallel_ranges(context, blocks.parts, [&](int, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         sum_block<true>(a, 0, blocks.begin(i), blocks.begin(i + 1), term, of_block(i), of_block(i) + scratch.width);
@@ -151,7 +151,7 @@ void run_first(const BatchNormProblem& a, const BatchNormArgs& args, const Conte
     for (int64_t c = begin; c < end; ++c) {
       start(a, args, scratch, c);
       if (needs_sums(a, args)) {
-        const Gradient<false, A, T> term(args, scratch.numbers);
+        const Gradient<false, A, T> term(a, args, scratch.numbers);
         Sums sums{0, 0};
         for (int64_t i = 0; i < blocks.parts; ++i) {
           T first, second;

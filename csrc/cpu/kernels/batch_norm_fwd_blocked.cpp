@@ -14,10 +14,11 @@ namespace {
 // first a channel is finished before the next begins, so that one of up to a megabyte is read from memory once.
 
 // --- transform: distances from the pivot.
-template <class T>
+template <bool Last, class T>
 struct AddUp {
   const T* x;
-  FC_INLINE void operator()(int64_t at, int64_t, int n, vec<T>& s, vec<T>&) const { s = s + load_some(x + at, n); }
+  FetchAhead<Last, T> memory;
+  FC_INLINE void operator()(int64_t at, int64_t, int n, vec<T>& s, vec<T>&) const { s = s + memory.load(x + at, n); }
 };
 
 template <bool Last, class T>
@@ -49,7 +50,7 @@ struct Moments {
 template <bool Last, class T>
 FC_INLINE void block_moments(const BatchNormProblem& a, const T* x, int64_t channel, int64_t begin, int64_t end, T* pivot,
                              T* first, T* second) {
-  sum_block<Last>(a, channel, begin, end, AddUp<T>{x}, pivot, first);
+  sum_block<Last>(a, channel, begin, end, AddUp<Last, T>{x, FetchAhead<Last, T>(a)}, pivot, first);
   const T count = T((end - begin) * (Last ? 1 : a.P));
   for (int64_t c = 0; c < (Last ? a.C : 1); ++c) pivot[c] /= count;
   sum_block<Last>(a, channel, begin, end, Spread<Last, T>{x, pivot}, first, second);
@@ -85,7 +86,7 @@ FC_INLINE void finish(const BatchNormProblem& a, const BatchNormArgs& args, int6
 template <bool Last, Activation A, class T>
 FC_INLINE void normalise(const BatchNormProblem& a, const BatchNormArgs& args, const ChannelNumbers<T>& numbers, int64_t channel,
                          int64_t begin, int64_t end) {
-  const Normalised<Last, T> from(args, numbers);
+  const Normalised<Last, T> from(a, args, numbers);
   T* const y = static_cast<T*>(args.y);
   each_vector<Last, T>(a, channel, begin, end, [&](int64_t at, int64_t c, int n) {
     store_some(y + at, activate(A, from.z(from.distance(at, c, n), at, c, n)), n);

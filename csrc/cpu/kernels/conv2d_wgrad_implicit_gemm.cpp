@@ -359,7 +359,7 @@ double cost(const Conv2dProblem& problem, const Machine& machine) {
   const Chunk largest = Chunks(a).largest();
   const Window size = window(a, largest);
   const double copied = double(size.height * size.width) / double(largest.rows * largest.columns);
-  const double pack_x = (in_place(a) ? 0 : a.x.w == 1 ? 4 : 32) * copied;
+  const double pack_x = (in_place(a) ? 0 : a.x.w == 1 ? 4 : 20) * copied;
   const double packs = rows / (rows + pack_y) * filters * taps / (filters * taps + pack_x);
   return conv2d_flops(a) / (peak_flops<T>(machine) * 0.95 * lanes * start * row * order * packs);
 }
