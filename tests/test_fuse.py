@@ -17,7 +17,8 @@ from fastconv import models
 from fastconv.commands.twins import build_twins, calibrate_batch_norm
 from fastconv.fusion import FrozenConv2d, Fused
 
-# Inception's last maps are 3x3 then. Of 107 pixels they would be 1x1, and norms fitted to two numbers multiply rounding by hundreds.
+# Inception's last maps are 3x3 then. Of 107 pixels they would be 1x1, and norms fitted to two numbers multiply rounding: torch's
+# own result was 4e-5 off there.
 INPUTS = {"lenet5": (2, 1, 32, 32), "inception_v3": (2, 3, 139, 139)}
 USUAL_INPUT = (2, 3, 64, 64)
 SMALLER = {"vgg16": {"hidden": 64}, "alexnet": {"hidden": 64}, "inception_v3": {"aux_logits": False}}
@@ -86,12 +87,12 @@ def assert_same(model: nn.Module, fused: nn.Module, x: Tensor, share: float = 1e
 
 
 def assert_accurate(model: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """Both within 2e-5 of float64, of which torch's own networks are up to 4e-6 off."""
+    """Both within 1e-4 of float64: deep networks at their start multiply rounding, torch's too."""
     with torch.no_grad():
         exact = models.main_output(copy.deepcopy(model).double()(x.double()))
         for network in (model, fused):
             error = float((models.main_output(network(x)) - exact).abs().max() / exact.abs().max())
-            assert error <= 2e-5, f"differs by {error:.3g} of the largest value"
+            assert error <= 1e-4, f"differs by {error:.3g} of the largest value"
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
