@@ -224,7 +224,9 @@ double cost(const Conv2dProblem& a, const Machine& machine) {
   // through the stage.
   const double copy = last ? 5 : a.R <= a.stride_h && a.S <= a.stride_w ? 2 : 8;
   const double moved = double(a.N) * double(a.H) * double(a.W) * double(size.channels) / kLanes<T>;
-  return double(a.C) / double(size.channels) * (seconds + (copy * copied + 8 * moved) / (3e9 * machine.threads));
+  // A 1x1 filter's block is one result and zeros, which pointwise writes without a stage: in a third of the time.
+  const double zeros = a.R * a.S == 1 ? 3 : 1;
+  return zeros * double(a.C) / double(size.channels) * (seconds + (copy * copied + 8 * moved) / (3e9 * machine.threads));
 }
 
 template <class T>
