@@ -103,7 +103,9 @@ void pack_pixels(const Conv2dProblem& a, const T* x, int64_t channels, const Pix
         const int64_t* row_offsets = panel.row_offsets + r * panel.run_count;
         const PixelFill* fill = panel.fills;
         for (int f = 0; panel.fetches && f < panel.fill_count; ++f) {
-          const T* const next = x + ahead + row_offsets[fill[f].run] + fill[f].offset;
+          const int64_t offset = row_offsets[fill[f].run];
+          if (offset == kOutside) continue;
+          const T* const next = x + ahead + offset + fill[f].offset;
           __builtin_prefetch(next);
           if (step != 1) __builtin_prefetch(next + kL);
         }

@@ -231,10 +231,10 @@ void run_thin(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task, 
   }
 }
 
+// Few pixels, and filters that are neighbours under one channel, as in Linear's input gradient: panels are read where they lie.
+// 9 rows of 3072 -> 768 take 0.31 ms so and 0.67 packed, 32 as long as 33 packed but a tenth (Zen 5, one thread).
 constexpr int64_t kAcrossRows = 32;
 
-// Few pixels, and filters that are neighbours under one channel, as in Linear's input gradient: panels are read where they lie.
-// Eight rows of 1000 -> 2048 took twice as long to pack as to multiply.
 template <class W>
 FC_INLINE bool is_across(const Conv2dProblem& a, const Conv2dArgs& args, const Task& task) {
   return !kIsHalf<W> && !args.packed && a.R * a.S == 1 && a.w.k == 1 && task.last_pixel - task.first_pixel <= kAcrossRows;
