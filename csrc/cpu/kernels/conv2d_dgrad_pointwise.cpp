@@ -1,61 +1,24 @@
 // conv2d_dgrad.pointwise: the input gradient of 1x1 filters, which is a matrix multiplication by the transposed filters; with a
-// stride all but one of the phases are zeros. NCHW comes and goes through a stage (blocks/image_stage.h), for wide layers.
+// stride all but one of the phases are zeros. NCHW comes and goes through a stage (blocks/pixel_images.h), for wide layers.
 // Linear's input gradient is the same.
 #include "cpu/blocks/half_rows.h"
-#include "cpu/blocks/image_stage.h"
-#include "cpu/blocks/input_gradient.h"
-#include "cpu/blocks/pixel_rows.h"
+#include "cpu/blocks/pixel_images.h"
 
 namespace fastconv::FASTCONV_TARGET {
 namespace {
 
-bool channels_last(const Conv2dProblem& a) { return a.x.c == 1 && a.y.c == 1; }
-
-// --- run, channels_last and NCHW
-template <class T>
-void run_pixels(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
-  input_gradient_run<T, pixel_rows_run<T>>(a, args, context);
-}
-
-template <class T>
-int64_t pixels_workspace(const Conv2dProblem& a, const Machine& machine) {
-  return input_gradient_workspace<pixel_rows_workspace<T>>(a, machine);
-}
-
-template <class T>
-void run(const Conv2dProblem& a, const Conv2dArgs& args, const Context& context) {
-  if (channels_last(a)) return run_pixels<T>(a, args, context);
-  image_stage_run<T, true, run_pixels<T>, pixels_workspace<T>>(a, args, context);
-}
-
 // --- contract
 const char* reject(const Conv2dProblem& a) {
   if (a.R * a.S != 1) return "the filters are larger than 1x1";
-  if (!channels_last(a) && !over_planes(a)) return "neither the channels nor the columns are contiguous in both x and y";
-  return nullptr;
+  return pixel_images_reject(a);
 }
 
 template <class T>
-double phase_cost(const Conv2dProblem& a, const Machine& machine) {
-  return conv2d_flops(a) / (peak_flops<T>(machine) * pixel_rows_efficiency<T>(a));
-}
-
-template <class T>
-double cost(const Conv2dProblem& a, const Machine& machine) {
-  return channels_last(a) ? input_gradient_cost<phase_cost<T>>(a, machine)
-                          : image_stage_cost<T, true, input_gradient_cost<phase_cost<T>>>(a, machine);
-}
-
-template <class T>
-int64_t workspace(const Conv2dProblem& a, const Machine& machine) {
-  return channels_last(a) ? pixels_workspace<T>(a, machine) : image_stage_workspace<T, true, pixels_workspace<T>>(a, machine);
-}
-
-template <class T>
-constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, cost<T>, workspace<T>, run<T>};
+constexpr Kernel<Conv2dProblem> kKernel = {1.0f, reject, pixel_gradient_cost<T>, pixel_gradient_workspace<T>,
+                                           pixel_gradient_run<T>};
 
 template <class S>
-constexpr Kernel<Conv2dProblem> kHalves = {1.0f, half_rows_reject, input_gradient_cost<phase_cost<float>>,
+constexpr Kernel<Conv2dProblem> kHalves = {1.0f, half_rows_reject, input_gradient_cost<pixel_rows_cost<float>>,
                                            input_gradient_workspace<half_rows_workspace<S>>,
                                            input_gradient_run<S, half_rows_run<S>>};
 
